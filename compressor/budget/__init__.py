@@ -1,0 +1,1 @@
+"""Gates: which measured losses a recipe accepts."""

@@ -1,0 +1,1 @@
+"""Reading sources and writing results: safetensors, GGUF, Hub, config."""

@@ -1,0 +1,69 @@
+"""What a source of weights is: a folder, a Hub repository, a GGUF file, or shipped headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from compressor.spec import TensorHeader
+
+if TYPE_CHECKING:
+    import torch
+
+
+Kind = Literal["safetensors", "gguf", "headers"]
+
+
+class Source(Protocol):
+    """A checkpoint that is read tensor by tensor; opening one reads its config and headers only.
+
+    Attributes:
+        label: how the plan and the card name it (path, Hub id@revision, file).
+        kind: ``safetensors`` (folder or Hub), ``gguf``, or ``headers`` (plan only: ``read`` raises).
+        note: a sentence for plan and card when the source needs one ("dequantized from GGUF Q4_1"), or "".
+        revision: the Hub commit, or None.
+        license: the licence identifier that the source states ("apache-2.0"), or None.
+        config: contents of ``config.json`` (for GGUF: rebuilt from the metadata).
+        headers: every stored tensor by name, in file order, as ``read`` returns it: GGUF tensors count as
+            BF16, since they are dequantized.
+        fingerprint: hex sha256, the content key of the source: over config, headers and file sizes, and over
+            the Hub commit or, for local files, samples of their bytes.
+    """
+
+    label: str
+    kind: Kind
+    note: str
+    revision: str | None
+    license: str | None
+    config: dict[str, Any]
+    headers: Mapping[str, TensorHeader]
+    fingerprint: str
+
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """The tensor ``name`` on the CPU, in memory of its own (no mmap: resident memory stays bounded).
+
+        With ``index``, only that entry along the first dimension is read and returned, without the dimension:
+        one expert of a fused ``[experts, in, out]`` tensor.
+
+        Raises:
+            CheckpointError: the file is truncated, changed since it was opened, or holds no weights.
+        """
+        ...
+
+    def write_side_files(self, folder: Path) -> list[str]:
+        """Writes everything that is not weights or config.json (tokenizer, chat template, generation
+        config, processor, licence, notice) into ``folder``; returns the names written.
+        """
+        ...
+
+    def model_dir(self) -> Path | None:
+        """A local folder that ``transformers`` can load the source from, or None where there is none.
+
+        For GGUF the folder holds the file and ``gguf_file()`` names it.
+        """
+        ...
+
+    def gguf_file(self) -> str | None:
+        """The GGUF file's name inside ``model_dir()``, or None."""
+        ...

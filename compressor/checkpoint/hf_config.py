@@ -1,0 +1,69 @@
+"""The result's config.json: every field of the source's, plus ``quantization_config`` as the library writes it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from compressor.model.names import target_patterns
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+
+class Described(Protocol):
+    """A weight scheme, as far as the config is concerned."""
+
+    def ct_scheme(self, targets: list[str]) -> QuantizationScheme:
+        """The library's description of it."""
+        ...
+
+
+def quantization_config(
+    by_scheme: Mapping[Described, Sequence[str]], left_16bit: Sequence[str], embeddings: frozenset[str]
+) -> dict[str, Any]:
+    """The ``quantization_config`` dictionary, built and dumped by ``compressed_tensors`` itself.
+
+    Args:
+        by_scheme: scheme -> names of the modules stored so.
+        left_16bit: names of the linear modules that are not quantized (the engine must leave them alone).
+        embeddings: which of the quantized modules are embeddings: these must be named as targets, since
+            ``Linear`` does not match them.
+
+    Returns:
+        What ``save_pretrained`` of the library writes for such a model: one group targeting ``Linear`` and an
+        ignore list where one scheme serves all linear modules, else one group a scheme with exact targets.
+    """
+    from compressed_tensors import __version__ as version
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
+    every = {name for names in by_scheme.values() for name in names} | set(left_16bit)
+    simple = len(by_scheme) == 1 and not embeddings
+    groups: dict[str, QuantizationScheme | list[str]] = {}
+    formats = set()
+    for index, (scheme, names) in enumerate(by_scheme.items()):
+        targets = ["Linear"] if simple else target_patterns(set(names), every)
+        described = scheme.ct_scheme(targets)
+        formats.add(described.format)
+        groups[f"group_{index}"] = described
+    config = QuantizationConfig(
+        config_groups=groups,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
+        ignore=target_patterns(set(left_16bit), every),
+    )
+    dumped: dict[str, Any] = config.model_dump(mode="json")
+    return {"version": version, "sparsity_config": {}, "transform_config": {}, **dumped}
+
+
+def result_config(
+    source_config: Mapping[str, Any], quantization: Mapping[str, Any], *, narrowed: bool
+) -> dict[str, Any]:
+    """The source's config with the quantization; ``narrowed``: wide weights were stored in 16 bit."""
+    config = copy.deepcopy(dict(source_config))
+    if narrowed:
+        config.pop("torch_dtype", None)
+        config["dtype"] = "bfloat16"
+    config["quantization_config"] = dict(quantization)
+    return config

@@ -1,0 +1,72 @@
+"""``compress eval``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from compressor.cli.options import log_json_option, quiet_option
+
+
+@click.command(name="eval")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--source", required=True, help="What it was made from: folder, Hub id, .gguf or pkg:NAME/FILE."
+)
+@click.option("--text", required=True, help="A UTF-8 text, or .jsonl with a text field.")
+@click.option("--tokens", type=click.IntRange(min=2), help="Tokens of the text to read.  [default: all]")
+@click.option("--context", type=click.IntRange(min=2), default=1024, show_default=True, help="Window tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
+@quiet_option
+@log_json_option
+def command(
+    checkpoint: Path,
+    source: str,
+    text: str,
+    tokens: int | None,
+    context: int,
+    as_json: bool,
+    quiet: bool,
+    log_json: bool,
+) -> None:
+    """Measure the folder CHECKPOINT against its source on any text.
+
+    Perplexity of both, KL divergence and top-1 agreement, on the same tokens.
+    """
+    from compressor.cli.progress import reporter
+    from compressor.compare import compare
+
+    with reporter(quiet=quiet, log_json=log_json) as progress:
+        result = compare(checkpoint, source, text, tokens=tokens, context=context, progress=progress)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    found = result.text
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "source", "result", "change"):
+        table.add_column(name, justify="right" if name else "left")
+    interval = ""
+    if found.increase_ci95:
+        low, high = found.increase_ci95
+        interval = f" (95%: {low:+.2%} to {high:+.2%})"
+    table.add_row(
+        "perplexity",
+        f"{found.perplexity_source:.4f}",
+        f"{found.perplexity_result:.4f}",
+        f"{found.increase:+.2%}{interval}",
+    )
+    table.add_row("KL mean, nats", "", f"{found.kl_mean:.5f}", "")
+    table.add_row("KL 99.9%", "", f"{found.kl_p999:.4f}", "")
+    table.add_row("top-1 agreement", "", f"{found.top1_agreement:.2%}", "")
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    console.print(table)
+    console.print(
+        f"{found.tokens:,} tokens of {result.text_label}, windows of {found.context}, {result.text_dtype}",
+        soft_wrap=True,
+    )

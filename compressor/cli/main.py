@@ -1,0 +1,125 @@
+"""``compress``: the group of commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from importlib import import_module
+from importlib.metadata import version
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from compressor.cli.options import DEFAULT_WORKSPACE
+from compressor.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USER, GateError, UserError
+
+# name -> (module, help line); modules are imported only when their command runs, so that help is instant.
+COMMANDS = {
+    "run": ("compressor.cli.run", "Run a recipe: plan, compress, evaluate, export."),
+    "plan": ("compressor.cli.plan", "Show what a recipe will do and cost, from headers alone."),
+    "eval": ("compressor.cli.evaluate", "Measure a checkpoint against its source on any text."),
+    "inspect": ("compressor.cli.inspect", "Show what a checkpoint holds."),
+    "report": ("compressor.cli.report", "Show the report of a finished run again."),
+    "recipes": ("compressor.cli.recipes", "List the shipped recipes."),
+    "schema": ("compressor.cli.schema", "Print the JSON Schema of recipes."),
+    "clean": ("compressor.cli.clean", "Show or free workspace space."),
+}
+
+
+class _Commands(click.Group):
+    """A group that imports a command's module when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("compressor"), prog_name="compress", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Compress a language model as one recipe file says, and measure what it gained and lost.
+
+    \b
+    compress run recipes/smollm2-nvfp4.yaml
+    compress plan recipes/scout-nvfp4.yaml
+
+    Exit status: 0 done, 1 a quality gate failed, 2 bad input, 3 internal error, 130 interrupted (run the same
+    command again to go on).
+    """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: handled like Ctrl-C, so that the workspace stays resumable."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def main() -> None:
+    """Entry point: runs the command line and exits with the contract's status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        cli.main(arguments, prog_name="compress", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USER
+    except GateError as error:
+        _say(f"gate failed: {error}")
+        return EXIT_GATE
+    except UserError as error:
+        _say(f"error: {error}")
+        return EXIT_USER
+    except (KeyboardInterrupt, click.exceptions.Abort) as stop:
+        word = "terminated" if isinstance(stop, Terminated) else "interrupted"
+        _say(f"{word}: finished work is kept; run the same command again to go on")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout went away (`| head`): not a fault, and nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _unexpected(error, arguments)
+    return 0
+
+
+def _unexpected(error: Exception, arguments: list[str]) -> int:
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        _say(
+            "error: out of memory\n  -> lower evaluate.tokens or evaluate.context, switch evaluation off "
+            "(--set evaluate=null), or use a machine with more memory; finished work is kept"
+        )
+        return EXIT_USER
+    log = DEFAULT_WORKSPACE.absolute() / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    text = f"compress {' '.join(arguments)}\n\n{traceback.format_exc()}"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(text)
+    except OSError:
+        _say(text)
+        return EXIT_INTERNAL
+    _say(f"internal error: {type(error).__name__}: {error}\n  -> this is a fault of compressor; log: {log}")
+    return EXIT_INTERNAL
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)

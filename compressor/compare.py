@@ -1,0 +1,47 @@
+"""Measures any checkpoint against any source on any text: what ``compress eval`` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compressor.checkpoint.sources import open_source
+from compressor.data import find
+from compressor.evals.base import EvalResult, EvalSpec
+from compressor.model.families import family_for
+from compressor.progress import Progress
+
+
+def compare(
+    checkpoint: Path, source: str, text: str, *, tokens: int | None, context: int, progress: Progress
+) -> EvalResult:
+    """Perplexity, KL and agreement of ``checkpoint`` against ``source``, both loaded from disk.
+
+    Args:
+        checkpoint: a folder, quantized with compressed-tensors or not.
+        source: as in a recipe's ``model.source``.
+        text: plain UTF-8 text, or JSON lines with a field ``text``; shipped texts are found too.
+        tokens: how many of its tokens are read, or None for all.
+        context: tokens of one window.
+        progress: told of everything.
+
+    Raises:
+        UserError: anything that is missing, unreadable or does not fit together.
+    """
+    found = find(text, what="evaluation text")
+    opened = open_source(source)
+    import torch
+
+    from compressor.evals.run import evaluate_pair
+    from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer
+
+    family = family_for(opened.config)
+    roles = {header.name: family.role(header, opened.config) for header in opened.headers.values()}
+    fused = [
+        (name, role.parts)
+        for name, role in roles.items()
+        if any(part.expert is not None for part in role.parts)
+    ]
+    spec = EvalSpec(text=found, text_label=text, tokens=tokens, context=context)
+    result = load_checkpoint_model(checkpoint, torch.float32, fused=fused)
+    tokenizer = load_tokenizer(checkpoint)
+    return evaluate_pair(load_source_model(opened, torch.float32), result, tokenizer, spec, progress)

@@ -1,0 +1,1 @@
+"""Measurements of a result against its source."""

@@ -1,0 +1,1 @@
+"""Names and roles of checkpoint tensors; loading models."""

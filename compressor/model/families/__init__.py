@@ -1,0 +1,68 @@
+"""Families: which checkpoint tensors of an architecture are matrices to quantize, and what the rest is.
+
+To add one, write a module with a class that satisfies ``base.Family`` and append an instance to ``BUILTINS``;
+other packages name an instance under the entry-point group ``compressor.families``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from compressor.errors import UserError
+from compressor.model.families.base import Family
+from compressor.model.families.ends import embedding_problem, tied
+from compressor.model.families.generic import GenericFamily
+from compressor.model.families.llama import LlamaFamily
+from compressor.model.families.llama4 import Llama4Family
+from compressor.model.families.naming import text_config
+
+__all__ = ["BUILTINS", "embedding_problem", "families", "family_for", "text_config", "tied"]
+
+ENTRY_POINT_GROUP = "compressor.families"
+
+BUILTINS: tuple[Family, ...] = (LlamaFamily(), Llama4Family())
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """Installed families first, so that a package may refine a builtin one, then ``BUILTINS``.
+
+    Raises:
+        UserError: an installed family cannot be imported or is not a family.
+    """
+    installed: list[Family] = []
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            family = point.load()
+        except Exception as error:
+            raise UserError(
+                f"the family {point.name!r} cannot be loaded: {error}",
+                where=f"entry point {ENTRY_POINT_GROUP}:{point.name}",
+                fix="mend or uninstall the package that provides it",
+            ) from error
+        if not all(hasattr(family, name) for name in ("name", "model_types", "inferred", "role")):
+            raise UserError(
+                f"the family {point.name!r} is a {type(family).__name__}, not an instance of a family",
+                where=f"entry point {ENTRY_POINT_GROUP}:{point.name}",
+                fix="point it at an object with name, model_types, inferred and role",
+            )
+        installed.append(family)
+    return (*installed, *BUILTINS)
+
+
+def family_for(config: dict[str, Any]) -> Family:
+    """The family that claims the ``model_type`` of a config.json, or the generic fallback.
+
+    The outer ``model_type`` is asked first, then that of the nested ``text_config``.
+
+    Raises:
+        UserError: an installed family cannot be loaded.
+    """
+    model_types = [str(found) for c in (config, text_config(config)) if (found := c.get("model_type"))]
+    for model_type in model_types:
+        for family in families():
+            if model_type in family.model_types:
+                return family
+    return GenericFamily(model_types[0] if model_types else "")

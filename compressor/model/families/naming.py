@@ -1,0 +1,101 @@
+"""What checkpoint tensor names tell, whatever the architecture: towers, blocks, ends, fused neighbours."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from compressor.spec import FLOAT_DTYPES, LinearPart, Role, TensorHeader
+
+# Keys under which multimodal configs nest their language model.
+_TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
+
+EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embeddings"})
+LM_HEADS = frozenset({"lm_head", "embed_out", "output"})
+
+# Linear layers that vLLM 0.32 concatenates (packed_modules_mapping of its models): they share one
+# tensor-level scale. Member -> name of the fused layer. w1/w3 are the gate and up of its fused experts.
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "w1": "w13",
+    "w3": "w13",
+    "q_a_proj": "fused_qkv_a_proj",
+    "kv_a_proj_with_mqa": "fused_qkv_a_proj",
+    "in_proj_qkv": "in_proj_qkvz",
+    "in_proj_z": "in_proj_qkvz",
+}
+
+_TOWER = re.compile(
+    r"(^|[._])(vision|visual|vit|image|audio|speech|sound|multi_modal|multimodal|mm_projector|connector)([._]|$)"
+)
+_DRAFT = re.compile(r"(^|\.)(mtp|mtp_layers|mtp_block|nextn)\.")
+_BLOCK = re.compile(r"(?:^|\.)[A-Za-z_]\w*\.(\d+)\.")
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a config.json: a nested ``text_config`` (or its like), else all of it."""
+    for key in _TEXT_KEYS:
+        nested = config.get(key)
+        if isinstance(nested, dict):
+            return text_config(nested)
+    return config
+
+
+def leaf(module: str) -> str:
+    """Last component of a module name."""
+    return module.rpartition(".")[2]
+
+
+def block_index(name: str) -> int | None:
+    """Number of the repeated block that the tensor lies in, or None outside of blocks."""
+    found = _BLOCK.search(name)
+    return int(found[1]) if found else None
+
+
+def fuse_group(module: str) -> str | None:
+    """Name of the layer that the engine fuses ``module`` into, equal among its neighbours, or None."""
+    parent, _, last = module.rpartition(".")
+    fused = FUSED.get(last)
+    return None if fused is None else f"{parent}.{fused}".lstrip(".")
+
+
+def whole(header: TensorHeader, module: str) -> LinearPart:
+    """The part that is all of a 2-D tensor ``[out_features, in_features]``."""
+    out_features, in_features = header.shape
+    return LinearPart(module, out_features, in_features, fuse_group=fuse_group(module))
+
+
+def common_role(header: TensorHeader, config: dict[str, Any]) -> Role | None:
+    """The role of tensors that every family treats alike, or None where the family must say.
+
+    Towers and projectors of other modalities, draft layers, tensors that are not floating point, vectors,
+    embeddings and heads.
+    """
+    if header.dtype not in FLOAT_DTYPES:
+        return Role("other", reason=f"stored as {header.dtype}, not as a floating-point weight")
+    if _TOWER.search(header.name):
+        return Role("other", reason="tower or projector of another modality")
+    blocks = text_config(config).get("num_hidden_layers")
+    index = block_index(header.name)
+    if _DRAFT.search(header.name) or (isinstance(blocks, int) and index is not None and index >= blocks):
+        return Role("other", reason="multi-token prediction layer")
+    if len(header.shape) < 2:
+        return Role("other", reason=_vector_reason(header.name))
+    module = header.name.removesuffix(".weight")
+    if index is None and header.name.endswith(".weight") and len(header.shape) == 2:
+        if leaf(module) in EMBEDDINGS:
+            return Role("embedding", (whole(header, module),), "input embedding")
+        if leaf(module) in LM_HEADS:
+            return Role("lm_head", (whole(header, module),), "output head")
+    return None
+
+
+def _vector_reason(name: str) -> str:
+    """What a vector or scalar is, told from its name."""
+    if name.endswith("bias"):
+        return "bias"
+    return "norm" if "norm" in name or re.search(r"(^|\.)ln_", name) else "vector or scalar"

@@ -1,0 +1,221 @@
+"""Whole models for evaluation: the source, and a result as it lies on disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from compressor.errors import CheckpointError
+from compressor.model.decode import MARKER, FusedTensor, decoded_tensors, stored_names
+from compressor.model.quiet import quiet
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compressor.checkpoint.base import Source
+
+Via = Literal["transformers", "decoded"]
+
+# Experts written one by one: transformers either lacks them (Llama 4) or merges them without every format's
+# scales (transformers 5.17 integrations/compressed_tensors.py, DecompressExperts: no global scale).
+EXPERT = re.compile(r"\.experts\.\d+\.")
+QUANTIZED_KEY = re.compile(r"\.(weight_packed|weight_scale|weight_global_scale|weight_zero_point)$")
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint read back from disk with its weights decoded.
+
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        via: ``transformers``: its own loader read the folder; ``decoded``: the weights were decoded tensor
+            by tensor and given to transformers as if they were the source's (MoE with separate experts).
+        activations_simulated: whether the forward pass quantizes activations as the scheme says; None where
+            the scheme leaves them alone.
+    """
+
+    model: PreTrainedModel
+    via: Via
+    activations_simulated: bool | None
+
+
+def load_source_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The source as transformers loads it, with parameters of ``dtype``, on the CPU.
+
+    A GGUF source is dequantized to bfloat16 first: that is the baseline that its compression starts from.
+
+    Raises:
+        CheckpointError: there is no local model, transformers cannot load it, or a parameter is missing.
+    """
+    import torch
+
+    folder, gguf = source.model_dir(), source.gguf_file()
+    if folder is None:
+        raise CheckpointError("this source has no weights to evaluate", where=source.label)
+
+    def load() -> Any:
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        how = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)} if gguf else {}
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.bfloat16 if gguf else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **how,
+        )
+
+    model, info = _guarded(load, source.label)
+    _check_keys(info, source.label)
+    return set_dtype(model, dtype)
+
+
+def load_checkpoint_model(
+    folder: Path, dtype: torch.dtype, *, fused: Sequence[FusedTensor] = ()
+) -> LoadedCheckpoint:
+    """A result folder with its weights decoded, parameters of ``dtype``, on the CPU.
+
+    Weights are decoded by compressed-tensors from float32 scales; NVFP4 and MXFP4 weights come out rounded
+    to bfloat16, as it defines them. A folder without ``quantization_config`` is loaded as it is.
+
+    Args:
+        folder: config.json and safetensors files.
+        dtype: what the parameters are cast to after decoding.
+        fused: for families whose experts were written one by one, the source tensors and their parts
+            (``FusedTensor``); used where transformers cannot read the layout itself.
+
+    Raises:
+        CheckpointError: not compressed-tensors, unreadable, or a parameter of the model is missing.
+    """
+    config = _guarded(lambda: _read_config(folder), str(folder))
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        model, info = _guarded(lambda: _from_folder(folder, config), str(folder))
+        _check_keys(info, str(folder))
+        return LoadedCheckpoint(set_dtype(model, dtype), "transformers", None)
+    if quantization.get("quant_method") != "compressed-tensors":
+        method = quantization.get("quant_method")
+        raise CheckpointError(
+            f"quantized with {method!r}; only compressed-tensors is read", where=str(folder)
+        )
+    names = _guarded(lambda: stored_names(folder), str(folder))
+    one_by_one = any(EXPERT.search(name) and name.endswith(MARKER) for name in names)
+    via: Via = "decoded" if one_by_one else "transformers"
+    if one_by_one:
+        load = lambda: _from_decoded(folder, config, quantization, fused)  # noqa: E731
+    else:
+        quantization["dequantize"] = True
+        load = lambda: _from_folder(folder, config)  # noqa: E731
+    model, info = _guarded(load, str(folder))
+    _check_keys(info, str(folder))
+    simulated = None
+    if any(group.get("input_activations") for group in quantization.get("config_groups", {}).values()):
+        simulated = via == "transformers"
+    return LoadedCheckpoint(set_dtype(model, dtype), via, simulated)
+
+
+def load_tokenizer(source: Source | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source or of a folder.
+
+    Raises:
+        CheckpointError: there is none, or transformers cannot load it.
+    """
+    if isinstance(source, Path):
+        folder, gguf, label = source, None, str(source)
+    else:
+        found, gguf, label = source.model_dir(), source.gguf_file(), source.label
+        if found is None:
+            raise CheckpointError("this source has no tokenizer", where=label)
+        folder = found
+
+    def load() -> Any:
+        from transformers import AutoTokenizer
+
+        how = {"gguf_file": gguf} if gguf else {}
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **how)
+
+    return _guarded(load, label)
+
+
+def set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Casts the floating parameters in place and returns the model.
+
+    Buffers keep their dtype, unlike with ``model.to``: rotary frequencies rounded to bfloat16 would turn
+    positions by radians.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _from_folder(folder: Path, config: Any) -> Any:
+    """Model and loading info by transformers' own loader; float32 keeps the scales exact."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+
+
+def _from_decoded(
+    folder: Path, config: Any, quantization: dict[str, Any], fused: Sequence[FusedTensor]
+) -> Any:
+    """Model and loading info from weights decoded here, passed off as an unquantized checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tensors = decoded_tensors(folder, quantization, fused)
+    del config.quantization_config
+    return AutoModelForCausalLM.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+    )
+
+
+def _guarded(load: Callable[[], Any], label: str) -> Any:
+    """What ``load`` returns, with every failure of the libraries told in one line."""
+    try:
+        with quiet():
+            return load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # the libraries raise anything from KeyError to their own classes
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise CheckpointError(f"cannot be loaded: {type(error).__name__}: {reason}", where=label) from error
+
+
+def _check_keys(info: dict[str, Any], label: str) -> None:
+    """Refuses a model with parameters that no tensor of the checkpoint filled, or scales that none used."""
+    for kind, names in (
+        ("has no tensor for", info["missing_keys"]),
+        ("has another shape for", [key[0] for key in info["mismatched_keys"]]),
+        ("holds quantized tensors that the model has no place for:", _quantized(info["unexpected_keys"])),
+    ):
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"the checkpoint {kind} {some}{more}", where=label)
+
+
+def _quantized(names: Sequence[str]) -> list[str]:
+    return [name for name in names if QUANTIZED_KEY.search(name)]

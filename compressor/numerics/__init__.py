@@ -1,0 +1,1 @@
+"""Pure tensor functions: number formats, packing, ranges, scale search. Torch only, any device, no state."""

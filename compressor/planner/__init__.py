@@ -1,0 +1,1 @@
+"""Recipe + tensor headers -> Plan: claims, bytes, memory, time, and every early error."""

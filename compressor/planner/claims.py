@@ -1,0 +1,240 @@
+"""Claims: every source tensor is assigned to exactly one rule before anything is read.
+
+A pattern that matches nothing, a shape that a scheme cannot hold, and rules that split what the engine fuses
+are faults of the recipe; all of them are collected, none stops the others from being found.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from compressor.errors import PlanError, UserError
+from compressor.model.families import embedding_problem, tied
+from compressor.model.families.base import Family
+from compressor.recipe.model import WeightsSection
+from compressor.recipe.patterns import compile_pattern
+from compressor.schemes.base import Scheme
+from compressor.solvers.base import Solver
+from compressor.spec import FLOAT_DTYPES, LinearPart, Role, TensorHeader
+from compressor.stages.base import Claim
+
+WIDE_DTYPES = frozenset({"F32", "F64"})
+EXPERTS = ".experts."
+_SHOWN = 4
+
+
+@dataclass
+class _Rule:
+    """One line of the recipe's weights section that can decide about tensors."""
+
+    key: str
+    patterns: tuple[str, ...]
+    scheme: Scheme | None  # None: stays as it is
+    solver: Solver | None
+    tests: list[Callable[[str], bool]] = field(default_factory=list)
+    hits: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tests = [compile_pattern(pattern) for pattern in self.patterns]
+        self.hits = [0] * len(self.tests)
+
+    def matches(self, names: Sequence[str]) -> bool:
+        matched = False
+        for index, test in enumerate(self.tests):
+            if any(test(name) for name in names):
+                self.hits[index] += 1
+                matched = True
+        return matched
+
+
+def claim_tensors(
+    headers: Mapping[str, TensorHeader], config: dict[str, Any], family: Family, weights: WeightsSection
+) -> list[Claim]:
+    """One claim for each tensor, in file order.
+
+    Raises:
+        PlanError: with every fault found.
+    """
+    rules = _rules(weights)
+    is_tied = tied(config, headers)
+    faults: list[UserError] = []
+    claims = [
+        _claim(header, family.role(header, config), rules, weights, is_tied, faults)
+        for header in headers.values()
+    ]
+    claims = _unfuse_copied_experts(claims)
+    faults += _unmatched(rules, headers)
+    faults += _shape_faults(claims)
+    faults += _split_fusions(claims)
+    faults += _name_clashes(claims)
+    if not any(claim.action == "quantize" for claim in claims) and not faults:
+        faults.append(UserError("the rules leave nothing to quantize", where="weights"))
+    if faults:
+        raise PlanError(faults)
+    return claims
+
+
+def _rules(weights: WeightsSection) -> list[_Rule]:
+    ignored = [
+        _Rule(f"weights.ignore.{index}", (pattern,), None, None)
+        for index, pattern in enumerate(weights.ignore)
+    ]
+    ruled = []
+    for index, rule in enumerate(weights.rules):
+        patterns = (rule.match,) if isinstance(rule.match, str) else tuple(rule.match)
+        scheme = None if isinstance(rule.scheme, str) else rule.scheme
+        ruled.append(_Rule(f"weights.rules.{index}", patterns, scheme, rule.solver or weights.solver))
+    return ignored + ruled
+
+
+def _claim(
+    header: TensorHeader,
+    role: Role,
+    rules: list[_Rule],
+    weights: WeightsSection,
+    is_tied: bool,
+    faults: list[UserError],
+) -> Claim:
+    names = [header.name, header.name.removesuffix(".weight"), *(part.module for part in role.parts)]
+    # Every rule looks at every tensor, so that a shadowed pattern is not reported as matching nothing.
+    matching = [rule for rule in rules if rule.matches(names)]
+    rule = matching[0] if matching else None
+    if rule is None and role.kind == "linear":
+        rule = _Rule("weights.scheme", (), weights.scheme, weights.solver)
+    if rule is None or rule.scheme is None:
+        key = rule.key if rule else "default"
+        reason = f"asked by {key}" if rule else role.reason
+        return _copy(header, role, key, reason)
+    problem = _not_quantizable(header, role, rule.scheme, is_tied)
+    if problem is not None:
+        what = f"{header.name} {problem}"
+        faults.append(UserError(what, where=rule.key, fix="leave it out of the rule"))
+        return _copy(header, role, rule.key, problem)
+    outputs = tuple(
+        output
+        for part in role.parts
+        for output in rule.scheme.outputs(part.module, part.out_features, part.in_features)
+    )
+    return Claim(header, role, "quantize", rule.key, "", rule.scheme, rule.solver, outputs)
+
+
+def _not_quantizable(header: TensorHeader, role: Role, scheme: Scheme, is_tied: bool) -> str | None:
+    if role.kind == "other" or not role.parts:
+        return f"cannot be quantized ({role.reason})"
+    if header.dtype not in FLOAT_DTYPES:
+        return f"is stored as {header.dtype}, not as floating point"
+    if role.kind in ("embedding", "lm_head"):
+        return embedding_problem(role, scheme, tied=is_tied)
+    return None
+
+
+def _copy(header: TensorHeader, role: Role, rule: str, reason: str) -> Claim:
+    """Bit-exact, but for wide matrices: a 32-bit checkpoint's embeddings are stored in 16 bit."""
+    narrow = role.kind != "other" and header.dtype in WIDE_DTYPES
+    output = TensorHeader(header.name, "BF16", header.shape) if narrow else header
+    return Claim(header, role, "copy", rule, reason, None, None, (output,))
+
+
+def _unfuse_copied_experts(claims: Sequence[Claim]) -> list[Claim]:
+    """Where some layers' experts are quantized, those that stay in 16 bit are written one by one as well.
+
+    vLLM's Llama 4 loader takes every expert for fused once it has met one fused tensor.
+    """
+    if not any(claim.scheme and _is_fused(claim) for claim in claims):
+        return list(claims)
+    return [_unfused(claim) if claim.scheme is None and _is_fused(claim) else claim for claim in claims]
+
+
+def _is_fused(claim: Claim) -> bool:
+    return any(part.expert is not None for part in claim.role.parts)
+
+
+def _unfused(claim: Claim) -> Claim:
+    dtype = claim.outputs[0].dtype
+    outputs = tuple(
+        TensorHeader(f"{part.module}.weight", dtype, (part.out_features, part.in_features))
+        for part in claim.role.parts
+    )
+    return replace(claim, outputs=outputs)
+
+
+def _unmatched(rules: Sequence[_Rule], headers: Mapping[str, TensorHeader]) -> list[UserError]:
+    example = next((name for name in headers if name.endswith("_proj.weight")), next(iter(headers), ""))
+    return [
+        UserError(
+            f"pattern {pattern!r} matches no tensor",
+            where=rule.key,
+            fix=f"patterns are globs (or re:REGEX) over names such as {example.removesuffix('.weight')}",
+        )
+        for rule in rules
+        for pattern, hits in zip(rule.patterns, rule.hits, strict=True)
+        if hits == 0
+    ]
+
+
+def _shape_faults(claims: Sequence[Claim]) -> list[UserError]:
+    """Shapes that a scheme cannot hold: one fault for each rule and problem, naming some tensors."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for claim in claims:
+        if claim.scheme is None:
+            continue
+        for part in claim.role.parts:
+            problem = claim.scheme.problem(
+                part.out_features, part.in_features, fused=part.fuse_group is not None
+            )
+            if problem:
+                found[claim.rule, problem].append(part.module)
+    return [
+        UserError(f"{problem} ({_some(modules)})", where=rule) for (rule, problem), modules in found.items()
+    ]
+
+
+def _split_fusions(claims: Sequence[Claim]) -> list[UserError]:
+    """Parts that the engine fuses into one matrix must be stored alike."""
+    groups: dict[str, dict[Scheme | None, list[LinearPart]]] = defaultdict(lambda: defaultdict(list))
+    for claim in claims:
+        for part in claim.role.parts:
+            if part.expert is not None or EXPERTS in part.module:
+                # Engines run all experts of a layer in one kernel, and look at the first one only.
+                groups[part.module.partition(EXPERTS)[0] + EXPERTS][claim.scheme].append(part)
+            elif part.fuse_group is not None:
+                groups[part.fuse_group][claim.scheme].append(part)
+    split = [by_scheme for by_scheme in groups.values() if len(by_scheme) > 1]
+    if not split:
+        return []
+    stored = ", ".join(
+        f"{parts[0].module} as {scheme.label if scheme else '16 bit'}" for scheme, parts in split[0].items()
+    )
+    return [
+        UserError(
+            f"the rules split {len(split)} group(s) of matrices that the engine fuses into one: {stored}",
+            where="weights.rules",
+            fix="give q/k/v, gate/up, and all experts of a layer, one scheme",
+        )
+    ]
+
+
+def _name_clashes(claims: Sequence[Claim]) -> list[UserError]:
+    seen: set[str] = set()
+    clashes = []
+    for claim in claims:
+        for output in claim.outputs:
+            if output.name in seen:
+                clashes.append(output.name)
+            seen.add(output.name)
+    if not clashes:
+        return []
+    return [
+        UserError(
+            f"two source tensors would be written as one name ({_some(clashes)})",
+            fix="the checkpoint already holds such tensors; copy the ones concerned with weights.ignore",
+        )
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,152 @@
+"""What a plan will cost and give: bytes, bits per weight, memory, disk, time and GPUs. Arithmetic only."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from compressor.planner.kv_bytes import KvBytes, full_context, kv_bytes
+from compressor.stages.base import Claim, Unit
+
+GPU_MEMORY_GB = (24, 48, 80, 141)
+# vLLM's default --gpu-memory-utilization; the rest is its activations and the driver's context.
+GPU_USABLE = 0.9
+# Python with torch, transformers and compressed-tensors loaded, before any weight.
+BASE_RSS_BYTES = 900 << 20
+# Peak of one solve over the fp32 bytes of its largest matrix, plus one unit read ahead (bench/README.md).
+SOLVE_COPIES = 4
+# Source bytes a second on two cores, by what is done with them (scripts/bench.py rates, rounded down).
+RATE_COPY = 400e6
+RATE_MINMAX = 100e6
+RATE_SEARCH = 25e6
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """One line of the plan's table: a rule, what it matched and what that becomes."""
+
+    rule: str
+    stored_as: str
+    reason: str
+    tensors: int
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    example: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Everything that the plan states in numbers; bytes are bytes, seconds are seconds.
+
+    ``source_bytes`` counts the source in 16 bit; both bits-per-weight figures count scales
+    (``bits_per_weight`` over all parameters, ``bits_per_target_weight`` over those that rules quantize).
+    """
+
+    parameters: int
+    target_parameters: int
+    source_bytes: int
+    result_bytes: int
+    bits_per_weight: float
+    bits_per_target_weight: float
+    peak_rss_bytes: int
+    disk_bytes: int
+    time_s: float
+    kv: KvBytes | None
+    kv_reason: str
+    context: int | None
+    gpus_before: dict[int, int]
+    gpus_after: dict[int, int]
+
+
+def rule_rows(claims: Sequence[Claim]) -> list[RuleRow]:
+    """Claims summed by rule, what they become, and why."""
+    grouped: dict[tuple[str, str, str], list[Claim]] = defaultdict(list)
+    for claim in claims:
+        stored = claim.scheme.label if claim.scheme else _copied_as(claim)
+        grouped[claim.rule, stored, claim.reason].append(claim)
+    rows = [
+        RuleRow(
+            rule,
+            stored,
+            reason,
+            len(members),
+            sum(claim.tensor.numel for claim in members),
+            sum(claim.bytes_16bit for claim in members),
+            sum(claim.result_bytes for claim in members),
+            members[0].tensor.name,
+        )
+        for (rule, stored, reason), members in grouped.items()
+    ]
+    return sorted(rows, key=lambda row: -row.bytes_before)
+
+
+def _copied_as(claim: Claim) -> str:
+    return claim.outputs[0].dtype if claim.outputs[0].dtype != claim.tensor.dtype else "copied"
+
+
+def predict(
+    claims: Sequence[Claim], units: Sequence[Unit], config: dict[str, Any], source_download_bytes: int
+) -> Prediction:
+    """The plan's numbers; ``source_download_bytes`` is what a Hub source will put on disk."""
+    parameters = sum(claim.tensor.numel for claim in claims)
+    targets = [claim for claim in claims if claim.scheme is not None]
+    target_parameters = sum(claim.tensor.numel for claim in targets)
+    result_bytes = sum(claim.result_bytes for claim in claims)
+    source_bytes = sum(claim.bytes_16bit for claim in claims)
+    context = full_context(config)
+    kv, kv_reason = kv_bytes(config, context) if context else (None, "no max_position_embeddings")
+    kv_full = kv.total_bytes if kv else 0
+    return Prediction(
+        parameters=parameters,
+        target_parameters=target_parameters,
+        source_bytes=source_bytes,
+        result_bytes=result_bytes,
+        bits_per_weight=8 * result_bytes / parameters,
+        bits_per_target_weight=8 * sum(claim.result_bytes for claim in targets) / max(1, target_parameters),
+        peak_rss_bytes=_peak_rss(units),
+        # The output shares its shards with the workspace (hard links), so they count once.
+        disk_bytes=result_bytes + source_download_bytes,
+        time_s=sum(_seconds(claim) for claim in claims),
+        kv=kv,
+        kv_reason=kv_reason,
+        context=context,
+        gpus_before=gpus_needed(source_bytes, kv_full),
+        gpus_after=gpus_needed(result_bytes, kv_full),
+    )
+
+
+def gpus_needed(weight_bytes: int, kv_bytes_full: int) -> dict[int, int]:
+    """GPUs of each memory size (GB) that hold the weights and one request at full context.
+
+    A lower bound: weights and KV cache divided evenly, 90% of the memory usable.
+    """
+    needed = weight_bytes + kv_bytes_full
+    return {memory: ceil(needed / (memory * 1e9 * GPU_USABLE)) for memory in GPU_MEMORY_GB}
+
+
+def _peak_rss(units: Sequence[Unit]) -> int:
+    """Base + the largest matrix's fp32 temporaries + what is read for it and ahead of it."""
+    largest_read = 0
+    largest_solve = 0
+    for unit in units:
+        for claim in unit.claims:
+            if claim.scheme is None:
+                largest_read = max(largest_read, claim.tensor.nbytes)
+                continue
+            matrix = max(part.out_features * part.in_features for part in claim.role.parts)
+            largest_solve = max(largest_solve, 4 * matrix * SOLVE_COPIES)
+            width = claim.tensor.nbytes // max(1, claim.tensor.numel)
+            experts = claim.tensor.shape[0] if claim.role.parts[0].expert is not None else 1
+            largest_read = max(largest_read, claim.tensor.numel // experts * width)
+    return BASE_RSS_BYTES + 2 * largest_read + largest_solve
+
+
+def _seconds(claim: Claim) -> float:
+    if claim.solver is None:
+        return claim.tensor.nbytes / RATE_COPY
+    searched = getattr(claim.solver, "search", "full") == "full"
+    return claim.bytes_16bit / (RATE_SEARCH if searched else RATE_MINMAX)

@@ -1,0 +1,1 @@
+"""The recipe language: one YAML file says what a compression job does."""

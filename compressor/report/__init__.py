@@ -1,0 +1,1 @@
+"""What a run says about itself: JSON, terminal, HTML, model card, manifest."""

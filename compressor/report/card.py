@@ -1,0 +1,199 @@
+"""The model card: the README.md of the output folder, as the Hub reads it.
+
+Markdown has no safe subset, so every string that comes from a checkpoint or a recipe passes ``escape``
+(text) or ``fenced`` (blocks); the front matter is dumped by YAML and holds only strings that match a strict
+pattern.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+
+from compressor.report import rows
+from compressor.report.model import Report
+from compressor.report.serve import request_command
+from compressor.report.words import short_name, size, visible
+from compressor.workspace import write_atomic
+
+CARD_FILE = "README.md"
+RECIPE_FILE = "recipe.yaml"
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+_TAG = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+# What starts a construct of CommonMark or of the Hub's extensions inside a line; a colon only before a
+# non-space, where it could make an address or an emoji.
+_SPECIAL = re.compile(r"([\\`*_\[\]<#|~&$@]|:(?=\S))")
+_BARE_LINK = re.compile(r"(?i)\b(www)\.")
+
+
+def write_card(folder: Path, report: Report) -> None:
+    """Writes README.md into the output folder, whose ``recipe.yaml`` it quotes."""
+    recipe_yaml = (folder / RECIPE_FILE).read_text(encoding="utf-8")
+    write_atomic(folder / CARD_FILE, render_card(report, recipe_yaml).encode())
+
+
+def render_card(report: Report, recipe_yaml: str) -> str:
+    """The model card of a result made with the recipe ``recipe_yaml`` (the resolved one)."""
+    sections = [
+        f"# {escape(short_name(report.name))}\n\n{escape(rows.headline(report))}.",
+        _overview(report),
+        _done(report),
+        _serving(report),
+        _evaluation(report),
+        _limits(report),
+        _making(report, recipe_yaml),
+    ]
+    return f"---\n{_front_matter(report)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def escape(text: str) -> str:
+    """``text`` as one line of Markdown that shows exactly it: no markup, no HTML, no link, no new cell."""
+    return _BARE_LINK.sub(r"\1\\.", _SPECIAL.sub(r"\\\1", visible(text.strip())))
+
+
+def fenced(text: str, language: str = "") -> str:
+    """``text`` in a code block whose fence is longer than any run of backticks in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    lines = [visible(line) for line in text.rstrip("\n").split("\n")]
+    return "\n".join([f"{fence}{language}", *lines, fence])
+
+
+def _front_matter(report: Report) -> str:
+    source = report.source
+    facts: dict[str, object] = {}
+    if source.base_model and _REPOSITORY.fullmatch(source.base_model):
+        facts |= {"base_model": source.base_model, "base_model_relation": "quantized"}
+    if source.license and _LICENSE.fullmatch(source.license):
+        facts["license"] = source.license
+    labels = (label.lower().replace(" ", "-") for label in report.result.schemes)
+    tags = ["compressed-tensors", "quantized", *(label for label in labels if _TAG.fullmatch(label))]
+    facts |= {"library_name": "vllm", "pipeline_tag": "text-generation", "tags": tags}
+    return yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
+
+
+def _table(heads: Sequence[str], cells: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A table of escaped cells; the first ``left`` columns are text, the others numbers."""
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * left + ' ---: |' * (len(heads) - left)}"]
+    lines += [f"| {' | '.join(escape(short_name(cell)) for cell in row)} |" for row in cells]
+    return "\n".join(lines)
+
+
+def _overview(report: Report) -> str:
+    source = report.source
+    license_text = source.license or "not stated by the source; its terms apply"
+    cells = [
+        ("source", source.label),
+        *([("base model", source.base_model)] if source.base_model else []),
+        *([("source revision", source.revision)] if source.revision else []),
+        *([("note", source.note)] if source.note else []),
+        ("licence", license_text),
+        ("weights", f"{source.parameters:,}"),
+        ("made", report.created),
+    ]
+    return "\n\n".join(
+        [
+            "## Overview",
+            _table(("", ""), cells, left=2),
+            _table(("", "before", "after"), rows.gained_rows(report)),
+            _caption(rows.size_caption(report)),
+        ]
+    )
+
+
+def _done(report: Report) -> str:
+    parts = [
+        "## What was done",
+        "These weights are quantized:",
+        _table(("scheme", "tensors", "weights", "bytes", "relative squared error"), rows.scheme_rows(report)),
+    ]
+    if report.result.left_16bit:
+        parts += [
+            "These stay in 16 bit:",
+            _table(("reason", "tensors", "bytes"), rows.kept_rows(report)),
+        ]
+    worst = rows.worst_rows(report)
+    if worst:
+        parts += ["Hurt most:", _table(("scheme", "tensor", "relative squared error"), worst, left=2)]
+    note = rows.source_caption(report)
+    return "\n\n".join([*parts, *([_caption(note)] if note else [])])
+
+
+def _serving(report: Report) -> str:
+    parts = [
+        "## How to serve",
+        fenced(report.serve.command, "bash"),
+        "Then, from another terminal:",
+        fenced(request_command(report.serve.model), "bash"),
+    ]
+    if report.serve.notes:
+        parts.append("\n".join(f"- {escape(note)}" for note in report.serve.notes))
+    return "\n\n".join(parts)
+
+
+def _evaluation(report: Report) -> str:
+    quality = report.quality
+    parts = ["## Evaluation"]
+    if quality is not None:
+        cells = [
+            (row.measure, row.source, row.result, row.change, row.recovery)
+            for row in rows.quality_rows(quality)
+        ]
+        parts.append(_table(("", "source", "result", "change", "recovery"), cells))
+    parts.append(_caption(rows.quality_caption(report)))
+    if quality is not None:
+        parts += ["Measured with:", fenced(quality.command, "bash")]
+    if report.gates:
+        cells_gates = [rows.gate_row(gate) for gate in report.gates]
+        parts += [
+            "Gates of the recipe:",
+            _table(("metric", "increase", "allowed", "verdict"), cells_gates),
+        ]
+    return "\n\n".join(parts)
+
+
+def _limits(report: Report) -> str:
+    lines = []
+    if report.source.note:
+        lines.append(
+            f"The baseline of every table here is the source as it is: {report.source.note.rstrip('.')}."
+        )
+    if report.quality is None:
+        lines.append("Quality was not measured.")
+    else:
+        lines.append(
+            f"Quality was measured on {report.quality.text} in windows of {report.quality.context:,} tokens; "
+            "other languages, other tasks and longer contexts were not."
+        )
+        if not report.quality.tasks:
+            lines.append("No downstream task was run.")
+    failed = [gate.metric for gate in report.gates if not gate.passed]
+    if failed:
+        lines.append(f"This result failed the recipe's gates on {', '.join(failed)}.")
+    lines.append("Limits and biases of the source model remain.")
+    return "## Limits\n\n" + "\n".join(f"- {escape(line)}" for line in lines)
+
+
+def _making(report: Report, recipe_yaml: str) -> str:
+    device = report.device
+    machine = f"{device.name}, {device.cores} cores, {size(device.memory_bytes)} of memory"
+    return "\n\n".join(
+        [
+            "## How it was made",
+            f"On {escape(machine)}:",
+            _table(
+                ("stage", "time", "peak memory", "peak device memory", "resumed"), rows.stage_rows(report)
+            ),
+            _table(("package", "version"), report.versions.items(), left=2),
+            "The recipe (`recipe.yaml`), which `compress run recipe.yaml` follows again:",
+            fenced(recipe_yaml, "yaml"),
+        ]
+    )
+
+
+def _caption(text: str) -> str:
+    return f"*{escape(text)}*"

@@ -1,0 +1,87 @@
+"""A report as one self-contained page: no script, no external resource, every name escaped."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from compressor.report import rows
+from compressor.report.model import Report
+from compressor.report.serve import request_command
+from compressor.report.words import percent, short_name, size, visible
+from compressor.workspace import write_atomic
+
+# The only addresses that the page links to; names from checkpoints never become links.
+LINKS = {
+    "vLLM": "https://docs.vllm.ai/",
+    "compressed-tensors": "https://github.com/vllm-project/compressed-tensors",
+}
+PAGE_FILE = "report.html"
+_BAR_WIDTH = 1000.0
+
+
+def write_html(folder: Path, report: Report) -> None:
+    """Writes report.html into the output folder."""
+    write_atomic(folder / PAGE_FILE, render_html(report).encode())
+
+
+def render_html(report: Report) -> str:
+    """The page ``report.html``."""
+    quality = report.quality
+    before, after = rows.segments(report)
+    largest = max(report.source.bytes, report.result.bytes, 1)
+    return _template().render(
+        report=report,
+        links=LINKS,
+        headline=rows.headline(report).replace("->", "\u2192"),
+        bars=[_bar("before", before, largest), _bar("after", after, largest)],
+        gained=rows.gained_rows(report),
+        schemes=rows.scheme_rows(report),
+        worst=rows.worst_rows(report),
+        kept=rows.kept_rows(report),
+        size_caption=rows.size_caption(report),
+        quality=[astuple(row) for row in rows.quality_rows(quality)] if quality else [],
+        quality_caption=rows.quality_caption(report),
+        command=quality.command if quality else "",
+        gates=[rows.gate_row(gate) for gate in report.gates],
+        failed=any(not gate.passed for gate in report.gates),
+        stages=rows.stage_rows(report),
+        request=request_command(report.serve.model),
+    )
+
+
+def _bar(title: str, segments: tuple[rows.Segment, ...], largest: int) -> dict[str, object]:
+    """One stacked bar: rectangles on a scale where ``largest`` bytes are the full width."""
+    total = sum(segment.bytes for segment in segments)
+    parts, start = [], 0.0
+    for segment in segments:
+        width = _BAR_WIDTH * segment.bytes / largest
+        share = percent(segment.bytes / total) if total else "-"
+        parts.append(
+            {
+                "kind": segment.kind,
+                "title": segment.title,
+                "size": size(segment.bytes),
+                "share": share,
+                "x": f"{start:.2f}",
+                "width": f"{width:.2f}",
+            }
+        )
+        start += width
+    return {"title": title, "total": size(total), "parts": parts}
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("compressor.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"visible": visible, "short": short_name, "size": size}
+    return environment.get_template("report.html.j2")

@@ -1,0 +1,202 @@
+"""What every view shows of a report, as plain strings: one place decides which figures, in which words.
+
+Strings that come from the report's names are not escaped here; each view escapes for its own language.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from compressor.report.model import Gate, Quality, Report, ResultFacts
+from compressor.report.words import BYTE_UNITS, duration, number, percent, size
+
+UNMEASURED = "quality not measured"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One line of the quality table; ``recovery`` is what share of the source's figure is kept."""
+
+    measure: str
+    source: str
+    result: str
+    change: str
+    recovery: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the bytes before or after; ``kind`` picks its colour."""
+
+    kind: str
+    title: str
+    bytes: int
+
+
+def headline(report: Report) -> str:
+    """One sentence: how much smaller, at what loss."""
+    source, result = report.source.bytes, report.result.bytes
+    smaller = f"{number(source / result, 2)}x smaller" if result else "no tensors"
+    text = f"{smaller} ({size(source)} -> {size(result)}), {_loss(report.quality)}"
+    failed = sum(not gate.passed for gate in report.gates)
+    return f"{text}; {failed} of {len(report.gates)} gates FAILED" if failed else text
+
+
+def _loss(quality: Quality | None) -> str:
+    if quality is None:
+        return UNMEASURED
+    perplexity = quality.perplexity
+    return (
+        f"perplexity {percent(perplexity.increase, signed=True)} "
+        f"({number(perplexity.source, 2)} -> {number(perplexity.result, 2)})"
+    )
+
+
+def gained_rows(report: Report) -> list[tuple[str, str, str]]:
+    """(measure, before, after) of the sizes."""
+    source, result = report.source, report.result
+    before = 8 * source.bytes / source.parameters
+    rows = [
+        ("tensors", size(source.bytes), size(result.bytes)),
+        ("bits per weight", number(before, 2), number(result.bits_per_weight, 2)),
+    ]
+    targets = sum(scheme.source_bytes for scheme in result.schemes.values())
+    if result.target_parameters:
+        rows.append(
+            (
+                "bits per targeted weight",
+                number(8 * targets / result.target_parameters, 2),
+                number(result.bits_per_target_weight, 2),
+            )
+        )
+    return rows
+
+
+def scheme_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
+    """(scheme, tensors, weights, bytes, relative error) of what is quantized."""
+    errors = report.weights.relative_error
+    return [
+        (
+            label,
+            f"{stored.tensors:,}",
+            f"{stored.parameters:,}",
+            size(stored.bytes),
+            number(errors[label].mean, 5) if label in errors else "not measured",
+        )
+        for label, stored in report.result.schemes.items()
+    ]
+
+
+def worst_rows(report: Report) -> list[tuple[str, str, str]]:
+    """(scheme, tensor, relative error) of the matrices that quantization hurt most."""
+    return [
+        (label, tensor.name, number(tensor.relative_error, 5))
+        for label, errors in report.weights.relative_error.items()
+        for tensor in errors.worst
+    ]
+
+
+def kept_rows(report: Report) -> list[tuple[str, str, str]]:
+    """(reason, tensors, bytes) of what stays in 16 bit."""
+    return [(kept.reason, f"{kept.tensors:,}", size(kept.bytes)) for kept in report.result.left_16bit]
+
+
+def quality_rows(quality: Quality) -> list[Measured]:
+    """Perplexity, divergence, agreement and every task metric."""
+    perplexity = quality.perplexity
+    change = percent(perplexity.increase, signed=True)
+    if perplexity.increase_ci95 is not None:
+        low, high = perplexity.increase_ci95
+        change += f" (95%: {percent(low, signed=True)} to {percent(high, signed=True)})"
+    rows = [
+        Measured("perplexity", number(perplexity.source, 3), number(perplexity.result, 3), change, "-"),
+        Measured("KL divergence, mean (nats/token)", "0", number(quality.kl.mean, 5), "-", "-"),
+        Measured("KL divergence, 99.9th percentile", "0", number(quality.kl.p999, 4), "-", "-"),
+        Measured("same top token", "100.0%", percent(quality.top1_agreement), "-", "-"),
+    ]
+    return rows + list(_task_rows(quality))
+
+
+def _task_rows(quality: Quality) -> Iterator[Measured]:
+    for task, metrics in quality.tasks.items():
+        for metric, figures in metrics.items():
+            kept = figures.higher_is_better and math.isfinite(figures.source) and figures.source > 0
+            yield Measured(
+                f"{task} {metric} (n={figures.n:,})",
+                number(figures.source, 4),
+                number(figures.result, 4),
+                f"{'+' if figures.difference >= 0 else ''}{number(figures.difference, 4)} "
+                f"(standard error {number(figures.stderr, 4)})",
+                percent(figures.result / figures.source) if kept else "-",
+            )
+
+
+def quality_caption(report: Report) -> str:
+    """On what the quality was measured; with the source's peculiarity, so that no table lacks it."""
+    quality = report.quality
+    if quality is None:
+        text = "The evaluation was skipped: nothing is known about what this result lost."
+    else:
+        text = (
+            f"{quality.tokens:,} tokens of {quality.text}, windows of {quality.context:,}; "
+            "the result as reloaded from disk."
+        )
+    return f"{text} {source_caption(report)}".strip()
+
+
+def source_caption(report: Report) -> str:
+    """What a reader must know about the source, as a sentence; "" where there is nothing."""
+    return f"Source: {report.source.note.rstrip('.')}." if report.source.note else ""
+
+
+def size_caption(report: Report) -> str:
+    """What the byte figures count."""
+    text = f"Bytes of tensors, the source at 16 bit; scales included; tied weights once. {BYTE_UNITS}."
+    return f"{text} {source_caption(report)}".strip()
+
+
+def gate_row(gate: Gate) -> tuple[str, str, str, str]:
+    """(metric, increase, allowed, verdict)."""
+    verdict = "passed" if gate.passed else "FAILED"
+    return gate.metric, number(gate.value, 4), number(gate.max_increase, 4), verdict
+
+
+def stage_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
+    """(stage, time, peak memory, peak device memory, whether it was resumed), and the total."""
+    rows = [
+        (
+            stage.name,
+            duration(stage.wall_s),
+            size(stage.peak_rss_bytes),
+            size(stage.peak_device_bytes) if stage.peak_device_bytes else "-",
+            "yes" if stage.resumed else "no",
+        )
+        for stage in report.stages
+    ]
+    total = duration(sum(stage.wall_s for stage in report.stages))
+    peak = size(max((stage.peak_rss_bytes for stage in report.stages), default=0))
+    device = max((stage.peak_device_bytes for stage in report.stages), default=0)
+    return [*rows, ("all", total, peak, size(device) if device else "-", "")]
+
+
+def segments(report: Report) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """The bytes before and after, by kind."""
+    result = report.result
+    targets = sum(scheme.source_bytes for scheme in result.schemes.values())
+    before = (
+        Segment("target", "to be quantized, 16 bit", targets),
+        Segment("rest", "left in 16 bit", max(report.source.bytes - targets, 0)),
+    )
+    return before, _segments_after(result)
+
+
+def _segments_after(result: ResultFacts) -> tuple[Segment, ...]:
+    quantized = sum(scheme.bytes for scheme in result.schemes.values())
+    scales = sum(scheme.scale_bytes for scheme in result.schemes.values())
+    return (
+        Segment("codes", "quantized codes", max(quantized - scales, 0)),
+        Segment("scales", "scales", scales),
+        Segment("rest", "left in 16 bit", max(result.bytes - quantized, 0)),
+    )

@@ -1,0 +1,93 @@
+"""A report on the terminal: gained, lost, cost. Plain text where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import IO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from compressor.report import rows
+from compressor.report.model import Report
+from compressor.report.words import size, visible
+
+MIN_WIDTH, MAX_WIDTH = 60, 200
+
+
+def report_console(file: IO[str], width: int | None = None) -> Console:
+    """A console that interprets nothing in what it prints and colours only a terminal; 60 to 200 columns."""
+    console = Console(file=file, width=width, markup=False, emoji=False, highlight=False)
+    console.width = min(max(console.width, MIN_WIDTH), MAX_WIDTH)
+    return console
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Prints the report; the first line says how much smaller and at what loss.
+
+    Without a console it goes to stdout. Only the ``vllm serve`` line may be longer than the console is wide:
+    it must survive copying.
+    """
+    show = _Printer(console or report_console(sys.stdout))
+    failed = any(not gate.passed for gate in report.gates)
+    show.line(f"{report.name}: {rows.headline(report)}", style="bold red" if failed else "bold green")
+    show.line(f"from {report.source.label}", style="dim")
+
+    show.title("Gained")
+    show.table(("", "before", "after"), rows.gained_rows(report))
+    show.table(("scheme", "tensors", "weights", "bytes", "rel. sq. error"), rows.scheme_rows(report))
+    show.table(("left in 16 bit because", "tensors", "bytes"), rows.kept_rows(report))
+    show.line(rows.size_caption(report), style="dim")
+
+    show.title("Lost")
+    if report.quality is not None:
+        measured = rows.quality_rows(report.quality)
+        cells = [(row.measure, row.source, row.result, row.change) for row in measured]
+        show.table(("", "source", "result", "change"), cells)
+    show.table(("gate", "increase", "allowed", ""), [rows.gate_row(gate) for gate in report.gates])
+    show.line(rows.quality_caption(report), style="dim")
+
+    show.title("Cost")
+    show.table(("stage", "time", "memory", "device", "resumed"), rows.stage_rows(report))
+    device = report.device
+    show.line(f"on {device.name}, {device.cores} cores, {size(device.memory_bytes)} of memory", style="dim")
+
+    show.title("Serve")
+    show.command(report.serve.command)
+    for note in report.serve.notes:
+        show.line(note, style="dim")
+
+
+class _Printer:
+    """Prints strangers' strings: visible characters only, and only those that the stream can encode."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def line(self, text: str, *, style: str = "") -> None:
+        self._console.print(self._text(text, style))
+
+    def title(self, text: str) -> None:
+        self._console.print()
+        self.line(text, style="bold")
+
+    def command(self, text: str) -> None:
+        self._console.print(self._text(text, "cyan"), soft_wrap=True)
+
+    def table(self, heads: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
+        """One table; nothing if it has no rows. The first column is left aligned, numbers to the right."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+        for index, head in enumerate(heads):
+            table.add_column(head, justify="right" if index else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*(self._text(cell) for cell in row))
+        if table.row_count:
+            self._console.print(table)
+
+    def _text(self, text: str, style: str = "") -> Text:
+        encoding = self._console.encoding
+        shown = visible(text).encode(encoding, "backslashreplace").decode(encoding)
+        return Text(shown, style=style, overflow="fold")

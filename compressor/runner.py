@@ -1,0 +1,188 @@
+"""The only loop: resume or execute each stage of a plan, then export what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.budget.gates import check_gates
+from compressor.errors import GateError, UserError
+from compressor.evals.base import EvalResult
+from compressor.export import already_exported, export_folder, failed_folder, publish_folder
+from compressor.meter import metered
+from compressor.planner.plan import Plan, stream_key
+from compressor.progress import Progress
+from compressor.recipe.load import dump_recipe
+from compressor.report.manifest import write_manifest
+from compressor.report.model import Report, StageCost, load_report
+from compressor.stages.assemble import assemble
+from compressor.stages.evaluate import evaluate_stage, measure, reload
+from compressor.stages.stream import stream
+from compressor.summary import package_versions, summarize
+from compressor.workspace import file_sha256, stage_key
+
+ASSEMBLE_VERSION = 1
+EVALUATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        output: the folder that holds the checkpoint: the plan's, or the one aside where a gate failed.
+        report: its report.
+    """
+
+    output: Path
+    report: Report
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate passed."""
+        return all(gate.passed for gate in self.report.gates)
+
+    def raise_if_failed(self) -> None:
+        """Raises GateError unless every gate passed."""
+        failed = [
+            f"{gate.metric} {gate.value:.4g} > {gate.max_increase:.4g}"
+            for gate in self.report.gates
+            if not gate.passed
+        ]
+        if failed:
+            raise GateError(f"{'; '.join(failed)}; the result is kept in {self.output}")
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One step: its name, content key, and the work that fills the folder it is given."""
+
+    name: str
+    key: str
+    work: Callable[[Path], Mapping[str, Any]]
+
+
+def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult:
+    """Runs the plan; finished stages are taken from the workspace, finished exports are left as they are.
+
+    Args:
+        plan: made with ``planning=False``.
+        progress: told of everything.
+        fresh: forget this plan's stages first.
+
+    Raises:
+        UserError: the output folder holds something else, the disk is full, the source is broken.
+    """
+    for warning in plan.warnings:
+        progress.warn(warning)
+    recipe_yaml = dump_recipe(plan.loaded.recipe)
+    with plan.workspace.locked():
+        for done in (plan.output, failed_folder(plan.output)):
+            if not fresh and already_exported(done, recipe_yaml, plan.source.fingerprint):
+                progress.log(f"{done} already holds this recipe's result")
+                return RunResult(done, load_report(done))
+        _refuse_foreign(plan.output)
+        stages = _stages(plan, recipe_yaml, progress)
+        costs = []
+        for stage in stages:
+            if fresh:
+                plan.workspace.discard(stage.name, stage.key)
+            costs.append(_resume_or_execute(plan, stage, progress))
+        return _export(plan, stages, costs, progress)
+
+
+def evaluate_again(plan: Plan, progress: Progress) -> EvalResult:
+    """Measures the exported result of a plan, as its ``evaluate`` section says.
+
+    Raises:
+        UserError: evaluation is switched off, or the output folder holds no result.
+    """
+    if plan.evaluation is None:
+        raise UserError("the recipe switches evaluation off", where="evaluate")
+    if not (plan.output / "config.json").is_file():
+        raise UserError("no result to measure", where=str(plan.output), fix="run the recipe first")
+    result = reload(plan.output, plan.claims)
+    return measure(plan.source, plan.output, result, plan.evaluation, progress)
+
+
+def _stages(plan: Plan, recipe_yaml: str, progress: Progress) -> list[_Stage]:
+    space = plan.workspace
+    first = stream_key(plan)
+    second = stage_key("assemble", ASSEMBLE_VERSION, {"recipe": recipe_yaml}, [first])
+    streamed, checkpoint = space.artefact("stream", first), space.artefact("assemble", second)
+    spec = plan.evaluation
+    measured = asdict(spec) | {"text": file_sha256(spec.text)} if spec else {}
+    third = stage_key("evaluate", EVALUATE_VERSION, measured, [second])
+
+    def run_stream(folder: Path) -> Mapping[str, Any]:
+        return {"resumed": stream(plan.source, plan.shards, folder, progress)}
+
+    def run_assemble(folder: Path) -> Mapping[str, Any]:
+        assemble(plan.source, plan.shards, streamed, folder, recipe_yaml)
+        return {}
+
+    def run_evaluate(folder: Path) -> Mapping[str, Any]:
+        return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress)
+
+    return [
+        _Stage("stream", first, run_stream),
+        _Stage("assemble", second, run_assemble),
+        _Stage("evaluate", third, run_evaluate),
+    ]
+
+
+def _resume_or_execute(plan: Plan, stage: _Stage, progress: Progress) -> StageCost:
+    space = plan.workspace
+    if space.finished(stage.name, stage.key):
+        progress.log(f"{stage.name}: already done")
+        cost = space.facts(stage.name, stage.key)["cost"]
+        return StageCost.model_validate(cost | {"resumed": True})
+    folder = space.begin(stage.name, stage.key)
+    with metered() as meter:
+        facts = stage.work(folder)
+    cost = {
+        "name": stage.name,
+        "wall_s": round(meter.wall_s, 3),
+        "peak_rss_bytes": meter.peak_rss_bytes,
+        "peak_device_bytes": meter.peak_device_bytes,
+        "resumed": bool(facts.get("resumed", False)),
+    }
+    space.publish(stage.name, stage.key, {**facts, "cost": cost})
+    return StageCost.model_validate(cost)
+
+
+def _export(plan: Plan, stages: list[_Stage], costs: list[StageCost], progress: Progress) -> RunResult:
+    """Adds report, page, card and manifest to the checkpoint, and lets the output folder appear."""
+    space = plan.workspace
+    artefacts = {stage.name: space.artefact(stage.name, stage.key) for stage in stages}
+    facts = space.facts("evaluate", stages[-1].key)
+    gates = check_gates(plan.gates, facts["gate_values"])
+    passed = all(gate.passed for gate in gates)
+    result_folder = plan.output if passed else failed_folder(plan.output)
+    report = summarize(
+        plan, artefacts["stream"], artefacts["assemble"], facts["evaluation"], gates, costs, result_folder
+    )
+    with export_folder(space, result_folder, artefacts["assemble"]) as folder:
+        publish_folder(folder, report)
+        write_manifest(
+            folder,
+            source=plan.source,
+            versions=package_versions(),
+            seed=plan.loaded.recipe.seed,
+            progress=progress,
+        )
+    progress.log(f"exported to {result_folder}")
+    return RunResult(result_folder, report)
+
+
+def _refuse_foreign(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError("the output path is a file", where=str(output), fix="choose another --output")
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(
+            "the output folder is not empty, and holds no result of this recipe and source",
+            where=str(output),
+            fix="choose another --output, or move it away",
+        )

@@ -1,0 +1,62 @@
+"""How a weight is stored: one file for each scheme, and the table of all.
+
+Adding a scheme: write its file here, add the class to ``BUILTIN_SCHEMES``. Other packages add theirs
+through the entry point group ``compressor.schemes`` (value: the class).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, SerializeAsAny
+
+from compressor.schemes.base import Kinds, Scheme
+from compressor.schemes.fp8 import Fp8Block, Fp8Dynamic
+from compressor.schemes.int4 import Int4
+from compressor.schemes.int8 import Int8
+from compressor.schemes.mxfp4 import Mxfp4
+from compressor.schemes.nvfp4 import Nvfp4A16
+
+BUILTIN_SCHEMES: tuple[type[Scheme], ...] = (Nvfp4A16, Mxfp4, Fp8Dynamic, Fp8Block, Int4, Int8)
+
+_CALIBRATED = "needs calibration, not available in this version; use {}"
+
+_SCHEMES: Kinds[Scheme] = Kinds(
+    "scheme",
+    group="compressor.schemes",
+    base=Scheme,
+    builtins=BUILTIN_SCHEMES,
+    refused={
+        "nvfp4": _CALIBRATED.format("nvfp4a16"),
+        "nvfp4a4": _CALIBRATED.format("nvfp4a16"),
+        "w4a4": _CALIBRATED.format("nvfp4a16"),
+        "fp8": _CALIBRATED.format("fp8_dynamic"),
+        "fp8_static": _CALIBRATED.format("fp8_dynamic"),
+        "int8_static": _CALIBRATED.format("{kind: int8, activations: dynamic}"),
+        "mxfp4a16": "use mxfp4",
+        "w4a16": "use int4",
+        "w4a16_asym": "use {kind: int4, symmetric: false}",
+        "w8a16": "use int8",
+        "w8a8": "use {kind: int8, activations: dynamic}",
+    },
+)
+
+
+def known_schemes() -> Mapping[str, type[Scheme]]:
+    """Every scheme's name -> its class, built-in ones first; other packages' are loaded when looked up."""
+    return _SCHEMES
+
+
+def parse_scheme(value: str | Mapping[str, Any] | Scheme) -> Scheme:
+    """The scheme that a recipe spells as a name or as a mapping (``{kind: int4, group_size: 64}``).
+
+    Raises:
+        ValueError: unknown name or bad options (pydantic's ValidationError is one).
+        UserError: another package's scheme is broken.
+    """
+    return _SCHEMES.parse(value)
+
+
+SchemeField = Annotated[SerializeAsAny[Scheme], BeforeValidator(parse_scheme), _SCHEMES]
+"""A pydantic field that takes any scheme, by name or mapping."""

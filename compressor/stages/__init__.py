@@ -1,0 +1,1 @@
+"""The verbs of a run, in running order: stream, assemble, evaluate."""

@@ -1,0 +1,79 @@
+"""What a stage is told: the claims to fulfil and the files to write. Stages never see the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from compressor.schemes.base import Scheme
+from compressor.solvers.base import Solver
+from compressor.spec import FLOAT_DTYPES, Role, TensorHeader
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What happens to one source tensor.
+
+    Attributes:
+        tensor: the source tensor.
+        role: what it is to the model.
+        action: ``quantize`` or ``copy``.
+        rule: the recipe's key that decided (``weights.scheme``, ``weights.rules.0``...), or ``default``.
+        reason: why it stays in 16 bit; "" when quantized.
+        scheme: how it is stored, when quantized.
+        solver: how its values are chosen, when quantized.
+        outputs: the exact tensors written.
+    """
+
+    tensor: TensorHeader
+    role: Role
+    action: Literal["quantize", "copy"]
+    rule: str
+    reason: str
+    scheme: Scheme | None
+    solver: Solver | None
+    outputs: tuple[TensorHeader, ...]
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of everything written for this tensor."""
+        return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def bytes_16bit(self) -> int:
+        """Bytes of the tensor as a 16-bit checkpoint stores it (integers count as they are)."""
+        return self.tensor.numel * 2 if self.tensor.dtype in FLOAT_DTYPES else self.tensor.nbytes
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Claims that must be solved together."""
+
+    claims: tuple[Claim, ...]
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes written for the unit."""
+        return sum(claim.result_bytes for claim in self.claims)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes read for the unit, as stored."""
+        return sum(claim.tensor.nbytes for claim in self.claims)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file's units."""
+
+    units: tuple[Unit, ...]
+
+    @property
+    def result_bytes(self) -> int:
+        """Tensor bytes of the file."""
+        return sum(unit.result_bytes for unit in self.units)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes read to write the file."""
+        return sum(unit.source_bytes for unit in self.units)

@@ -1,0 +1,86 @@
+"""Loads the assembled checkpoint back from disk, proves that it runs, and measures it against its source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from compressor.budget.gates import gate_values
+from compressor.checkpoint.base import Source
+from compressor.errors import CheckpointError
+from compressor.evals.base import EvalResult, EvalSpec
+from compressor.progress import Progress
+from compressor.stages.base import Claim
+
+if TYPE_CHECKING:
+    from compressor.model.load import LoadedCheckpoint
+
+# fp32 parameters of one model, and room for logits and activations.
+_BYTES_PER_WEIGHT = 4
+_ROOM_BYTES = 2 << 30
+
+
+def evaluate_stage(
+    source: Source, checkpoint: Path, claims: Sequence[Claim], spec: EvalSpec | None, progress: Progress
+) -> dict[str, Any]:
+    """Facts for the report: ``evaluation`` (or None), ``gate_values``, and how the checkpoint was reloaded.
+
+    A model that does not fit into this machine's memory is not loaded; the facts and a warning say so.
+
+    Raises:
+        CheckpointError: transformers cannot load the result, or it computes NaN.
+        UserError: an unusable text.
+    """
+    models = 1 if spec is None else 2
+    needed = models * _BYTES_PER_WEIGHT * sum(claim.tensor.numel for claim in claims) + _ROOM_BYTES
+    available = psutil.virtual_memory().available
+    if needed > available:
+        progress.warn(
+            f"the result was not loaded back: that needs {needed / 1e9:.0f} GB of memory, "
+            f"{available / 1e9:.0f} GB are free; nothing was measured"
+        )
+        return {"evaluation": None, "gate_values": {}, "reloaded": None}
+    result = reload(checkpoint, claims)
+    if spec is None:
+        return {"evaluation": None, "gate_values": {}, "reloaded": result.via}
+    measured = measure(source, checkpoint, result, spec, progress)
+    return {
+        "evaluation": measured.to_json(),
+        "gate_values": gate_values(measured),
+        "reloaded": measured.loaded_via,
+    }
+
+
+def reload(checkpoint: Path, claims: Sequence[Claim]) -> LoadedCheckpoint:
+    """The checkpoint as transformers loads it; one short forward pass must give finite logits."""
+    import torch
+
+    from compressor.model.load import load_checkpoint_model
+
+    fused = [
+        (claim.tensor.name, claim.role.parts)
+        for claim in claims
+        if any(part.expert is not None for part in claim.role.parts)
+    ]
+    loaded = load_checkpoint_model(checkpoint, torch.float32, fused=fused)
+    with torch.no_grad():
+        logits = loaded.model(torch.arange(8)[None]).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise CheckpointError("the reloaded checkpoint does not compute finite logits", where=str(checkpoint))
+    return loaded
+
+
+def measure(
+    source: Source, checkpoint: Path, result: LoadedCheckpoint, spec: EvalSpec, progress: Progress
+) -> EvalResult:
+    """Everything that ``spec`` asks for, of the reloaded result against its source."""
+    import torch
+
+    from compressor.evals.run import evaluate_pair
+    from compressor.model.load import load_source_model, load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint)
+    return evaluate_pair(load_source_model(source, torch.float32), result, tokenizer, spec, progress)

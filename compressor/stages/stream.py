@@ -1,0 +1,178 @@
+"""The weights stage when nothing needs data: tensors pass read -> solve -> write, with no model at all.
+
+Finished shards stay in the stage's working folder with a receipt each; a killed run starts again at the
+first shard without one. Peak memory is one group of matrices that share a scale, and the next being read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.checkpoint.base import Source
+from compressor.checkpoint.safetensors_writer import ShardWriter, shard_names
+from compressor.errors import CheckpointError
+from compressor.model.names import extract
+from compressor.progress import Progress
+from compressor.spec import LinearPart
+from compressor.stages.base import Claim, Shard, Unit
+from compressor.workspace import file_sha256, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class PartError:
+    """How far one stored matrix is from its source: the relative squared error, and its size."""
+
+    module: str
+    scheme: str
+    squared_error: float
+    squared_norm: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Parts that are solved together, and where each comes from; a copy has no parts."""
+
+    claims: tuple[Claim, ...]
+    parts: tuple[tuple[Claim, LinearPart], ...]
+
+    @property
+    def source_bytes(self) -> int:
+        if not self.parts:
+            return sum(claim.tensor.nbytes for claim in self.claims)
+        return sum(
+            claim.tensor.nbytes * part.out_features * part.in_features // claim.tensor.numel
+            for claim, part in self.parts
+        )
+
+
+def stream(source: Source, shards: Sequence[Shard], folder: Path, progress: Progress) -> bool:
+    """Writes every shard and its receipt into ``folder``; returns whether any was found finished.
+
+    Raises:
+        CheckpointError: a weight is not finite, or the source changed or is truncated.
+        UserError: the disk is full.
+    """
+    names = shard_names(len(shards))
+    finished = [shard_receipt(folder, name) is not None for name in names]
+    total = sum(shard.source_bytes for shard in shards)
+    already = sum(shard.source_bytes for shard, done in zip(shards, finished, strict=True) if done)
+    progress.start("weights", total, "bytes", done=already)
+    for name, shard, done in zip(names, shards, finished, strict=True):
+        if not done:
+            errors = _write_shard(source, shard, folder / name, progress)
+            # The receipt is written last: its existence means that the shard is whole.
+            receipt = {"sha256": file_sha256(folder / name), "errors": [asdict(error) for error in errors]}
+            write_json(_receipt_path(folder, name), receipt)
+    progress.finish(resumed=all(finished))
+    return any(finished)
+
+
+def shard_receipts(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The receipts of a finished stage's shards."""
+    receipts = [shard_receipt(folder, name) for name in shard_names(count)]
+    return [receipt for receipt in receipts if receipt is not None]
+
+
+def shard_receipt(folder: Path, name: str) -> dict[str, Any] | None:
+    """The receipt of a finished shard (``sha256``, ``errors``), or None where it is not finished."""
+    path = _receipt_path(folder, name)
+    if not path.is_file() or not (folder / name).is_file():
+        return None
+    receipt: dict[str, Any] = json.loads(path.read_text())
+    return receipt
+
+
+def _receipt_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
+
+
+def _write_shard(source: Source, shard: Shard, path: Path, progress: Progress) -> list[PartError]:
+    outputs = [output for unit in shard.units for claim in unit.claims for output in claim.outputs]
+    jobs = [job for unit in shard.units for job in _jobs(unit)]
+    errors: list[PartError] = []
+    with ShardWriter(path, outputs) as writer:
+        for job, tensors in _read_ahead(source, jobs):
+            if job.parts:
+                errors += _solve(job, tensors, writer)
+            else:
+                for claim, tensor in zip(job.claims, tensors, strict=True):
+                    _write_copy(claim, tensor, writer)
+            progress.advance(job.source_bytes, note=path.name)
+    return errors
+
+
+def _jobs(unit: Unit) -> list[_Job]:
+    """Splits a unit into the smallest groups that must be solved together: experts one by one."""
+    grouped: dict[str, list[tuple[Claim, LinearPart]]] = {}
+    copies = []
+    for claim in unit.claims:
+        if claim.scheme is None:
+            copies.append(_Job((claim,), ()))
+            continue
+        for part in claim.role.parts:
+            # Only schemes with a shared tensor scale need their fuse group together.
+            shared = part.fuse_group if claim.scheme.shares_tensor_scale else None
+            grouped.setdefault(shared or part.module, []).append((claim, part))
+    return copies + [_Job(tuple(claim for claim, _ in parts), tuple(parts)) for parts in grouped.values()]
+
+
+def _read(source: Source, job: _Job) -> list[torch.Tensor]:
+    if not job.parts:
+        return [source.read(claim.tensor.name) for claim in job.claims]
+    read: dict[tuple[str, int | None], torch.Tensor] = {}
+    for claim, part in job.parts:
+        key = (claim.tensor.name, part.expert)
+        if key not in read:
+            read[key] = source.read(claim.tensor.name, part.expert)
+    return [extract(read[claim.tensor.name, part.expert], part) for claim, part in job.parts]
+
+
+def _read_ahead(source: Source, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, list[torch.Tensor]]]:
+    """Reads the next job's tensors while the present one is being solved."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+        pending = reader.submit(_read, source, jobs[0]) if jobs else None
+        for index, job in enumerate(jobs):
+            assert pending is not None
+            tensors = pending.result()
+            following = index + 1 < len(jobs)
+            pending = reader.submit(_read, source, jobs[index + 1]) if following else None
+            yield job, tensors
+
+
+def _solve(job: _Job, weights_OI: list[torch.Tensor], writer: ShardWriter) -> list[PartError]:
+    scheme, solver = job.claims[0].scheme, job.claims[0].solver
+    assert scheme is not None
+    assert solver is not None
+    try:
+        solved = solver.solve(weights_OI, scheme)
+    except CheckpointError as error:
+        names = ", ".join(part.module for _, part in job.parts)
+        raise CheckpointError(error.what, where=names, fix=error.fix) from error
+    errors = []
+    for (_, part), result in zip(job.parts, solved, strict=True):
+        for local, tensor in result.tensors.items():
+            writer.write(f"{part.module}.{local}", tensor)
+        size = part.out_features * part.in_features
+        errors.append(PartError(part.module, scheme.label, result.squared_error, result.squared_norm, size))
+    return errors
+
+
+def _write_copy(claim: Claim, tensor: torch.Tensor, writer: ShardWriter) -> None:
+    import torch
+
+    if claim.outputs[0].dtype != claim.tensor.dtype:
+        tensor = tensor.to(torch.bfloat16)
+    if claim.outputs[0].name == claim.tensor.name:
+        writer.write(claim.tensor.name, tensor)
+        return
+    for part, output in zip(claim.role.parts, claim.outputs, strict=True):
+        writer.write(output.name, extract(tensor, part))

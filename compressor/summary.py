@@ -1,0 +1,219 @@
+"""From a finished run to its report: adds up claims, shard receipts and measurements."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from compressor import device
+from compressor.budget.gates import GateVerdict
+from compressor.planner.plan import Plan
+from compressor.report.model import (
+    Device,
+    Divergence,
+    Gate,
+    Kept,
+    Perplexity,
+    Quality,
+    Report,
+    ResultFacts,
+    SchemeBytes,
+    SchemeError,
+    SourceFacts,
+    StageCost,
+    TaskMetric,
+    TensorError,
+    WeightFacts,
+    utc_now,
+)
+from compressor.report.serve import serve_facts
+from compressor.stages.base import Claim
+from compressor.stages.stream import shard_receipts
+from compressor.workspace import STAGE_FILE
+
+PACKAGES = (
+    "compressor",
+    "torch",
+    "transformers",
+    "compressed-tensors",
+    "llmcompressor",
+    "safetensors",
+    "lm-eval",
+    "numba",
+    "gguf",
+)
+_WORST = 5
+# Local names of codes; everything else that a scheme writes is overhead.
+_CODES = ("weight_packed", "weight")
+
+
+def summarize(
+    plan: Plan,
+    streamed: Path,
+    checkpoint: Path,
+    evaluation: Mapping[str, Any] | None,
+    gates: Sequence[GateVerdict],
+    costs: Sequence[StageCost],
+    output: Path,
+) -> Report:
+    """The report of a run, from the artefact folders of its stages.
+
+    ``output`` is where the checkpoint will be: below the current folder it is named relative to it.
+    """
+    prediction = plan.prediction
+    schemes = _by_scheme(plan.claims)
+    return Report(
+        name=plan.loaded.recipe.name,
+        created=utc_now(),
+        source=SourceFacts(
+            label=plan.source.label,
+            kind=plan.source.kind,
+            note=plan.source.note,
+            revision=plan.source.revision,
+            base_model=plan.source.label.split("@")[0] if plan.source.revision else None,
+            license=plan.source.license,
+            bytes=prediction.source_bytes,
+            parameters=prediction.parameters,
+        ),
+        result=ResultFacts(
+            bytes=prediction.result_bytes,
+            bits_per_weight=prediction.bits_per_weight,
+            bits_per_target_weight=prediction.bits_per_target_weight,
+            target_parameters=prediction.target_parameters,
+            schemes={label: _scheme_bytes(claims) for label, claims in schemes.items()},
+            left_16bit=_kept(plan.claims),
+        ),
+        weights=_weight_errors(streamed, len(plan.shards)),
+        quality=_quality(plan, evaluation, output) if evaluation else None,
+        gates=tuple(
+            Gate(metric=gate.metric, max_increase=gate.max_increase, value=gate.value, passed=gate.passed)
+            for gate in gates
+        ),
+        stages=tuple(costs),
+        versions=package_versions(),
+        device=Device(
+            name=device.device_name(),
+            cores=psutil.cpu_count(logical=True) or 1,
+            memory_bytes=psutil.virtual_memory().total,
+        ),
+        serve=serve_facts(_shown(output), schemes),
+        files={
+            path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != STAGE_FILE
+        },
+    )
+
+
+def _quality(plan: Plan, evaluation: Mapping[str, Any], output: Path) -> Quality:
+    """The measurements (``EvalResult.to_json``) as the report holds them."""
+    perplexity, kl = evaluation["perplexity"], evaluation["kl"]
+    interval = perplexity["increase_ci95"]
+    return Quality(
+        perplexity=Perplexity(
+            source=perplexity["source"],
+            result=perplexity["result"],
+            increase=perplexity["increase"],
+            increase_ci95=tuple(interval) if interval else None,
+        ),
+        kl=Divergence(mean=kl["mean"], p999=kl["p999"]),
+        top1_agreement=evaluation["top1_agreement"],
+        tokens=evaluation["tokens"],
+        context=evaluation["context"],
+        text=evaluation["text"],
+        tasks={
+            task: {metric: _task_metric(figures) for metric, figures in metrics.items()}
+            for task, metrics in evaluation["tasks"].items()
+        },
+        command=_eval_command(plan, evaluation, output),
+    )
+
+
+def _task_metric(figures: Mapping[str, Any]) -> TaskMetric:
+    return TaskMetric(**{name: figures[name] for name in TaskMetric.model_fields})
+
+
+def _eval_command(plan: Plan, evaluation: Mapping[str, Any], output: Path) -> str:
+    """What measures perplexity, KL and agreement again."""
+    words = [
+        *("compress", "eval", _shown(output), "--source", plan.loaded.recipe.model.source),
+        *("--text", evaluation["text"], "--tokens", str(evaluation["tokens"])),
+        *("--context", str(evaluation["context"])),
+    ]
+    return shlex.join(words)
+
+
+def _shown(folder: Path) -> str:
+    here = Path.cwd()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what the result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _by_scheme(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
+    grouped: dict[str, list[Claim]] = defaultdict(list)
+    for claim in claims:
+        if claim.scheme is not None:
+            grouped[claim.scheme.label].append(claim)
+    return dict(grouped)
+
+
+def _scheme_bytes(claims: Sequence[Claim]) -> SchemeBytes:
+    outputs = [output for claim in claims for output in claim.outputs]
+    codes = sum(output.nbytes for output in outputs if output.name.rsplit(".", 1)[-1] in _CODES)
+    total = sum(output.nbytes for output in outputs)
+    return SchemeBytes(
+        tensors=len(claims),
+        parameters=sum(claim.tensor.numel for claim in claims),
+        source_bytes=sum(claim.bytes_16bit for claim in claims),
+        bytes=total,
+        scale_bytes=total - codes,
+    )
+
+
+def _kept(claims: Sequence[Claim]) -> tuple[Kept, ...]:
+    grouped: dict[str, list[Claim]] = defaultdict(list)
+    for claim in claims:
+        if claim.scheme is None:
+            grouped[claim.reason].append(claim)
+    kept = [
+        Kept(reason=reason, tensors=len(members), bytes=sum(claim.result_bytes for claim in members))
+        for reason, members in grouped.items()
+    ]
+    return tuple(sorted(kept, key=lambda row: -row.bytes))
+
+
+def _weight_errors(streamed: Path, shard_count: int) -> WeightFacts:
+    """Errors from the shard receipts, by scheme."""
+    grouped: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for receipt in shard_receipts(streamed, shard_count):
+        for error in receipt["errors"]:
+            grouped[error["scheme"]].append(error)
+    found = {}
+    for label, errors in grouped.items():
+        ranked = sorted(
+            (TensorError(name=error["module"], relative_error=_relative(error)) for error in errors),
+            key=lambda error: -error.relative_error,
+        )
+        squared = sum(error["squared_error"] for error in errors)
+        norm = sum(error["squared_norm"] for error in errors)
+        found[label] = SchemeError(mean=squared / norm if norm else 0.0, worst=tuple(ranked[:_WORST]))
+    return WeightFacts(relative_error=found)
+
+
+def _relative(error: Mapping[str, Any]) -> float:
+    return float(error["squared_error"] / error["squared_norm"]) if error["squared_norm"] else 0.0

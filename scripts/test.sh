@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lint, types and tests in .venv. `--slow` adds the tests marked slow; other arguments go to pytest.
+set -euo pipefail
+. "$(dirname "$0")/env.sh" dev
+marks="not slow and not gpu and not serve and not network"
+if [ "${1:-}" = --slow ]; then
+    marks="not gpu and not serve and not network"
+    shift
+fi
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+.venv/bin/python -m pytest -m "$marks" "$@"

@@ -1,0 +1,79 @@
+"""The shipped headers of published models, and the script that writes them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from compressor.model.families import family_for, tied
+from compressor.spec import TensorHeader
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "recipes" / "configs"
+PARAMETERS = {"llama-4-scout": 108_641_793_536, "llama-3.3-70b": 70_553_706_496}
+
+
+def shipped(name: str) -> tuple[dict, dict[str, TensorHeader]]:
+    """config.json and the headers of one model."""
+    config = json.loads((CONFIGS / name / "config.json").read_text())
+    rows = json.loads((CONFIGS / name / "tensors.json").read_text())["tensors"]
+    return config, {row[0]: TensorHeader(row[0], row[1], tuple(row[2])) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def script():
+    """scripts/make_headers.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_headers", ROOT / "scripts" / "make_headers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_script_writes_what_is_shipped(script, name, tmp_path):
+    """Same transformers, same bytes; the note names the script and the version."""
+    script.write(tmp_path, *script.MODELS[name])
+    for file in ("config.json", "tensors.json"):
+        assert (tmp_path / file).read_text() == (CONFIGS / name / file).read_text()
+    assert (CONFIGS / name / "tensors.json").stat().st_size < 300_000
+    source = json.loads((CONFIGS / name / "tensors.json").read_text())["source"]
+    assert "scripts/make_headers.py with transformers 5." in source
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shipped_headers_count_as_published(name):
+    """Parameters of the model cards; both models are untied."""
+    config, headers = shipped(name)
+    assert sum(header.numel for header in headers.values()) == PARAMETERS[name]
+    assert sum(header.nbytes for header in headers.values()) == 2 * PARAMETERS[name]
+    assert not tied(config, headers)
+
+
+def test_scout_is_mostly_experts():
+    """48 layers x 16 experts x 3 matrices; the vision tower and the routers stay out."""
+    config, headers = shipped("llama-4-scout")
+    family = family_for(config)
+    roles = {name: family.role(header, config) for name, header in headers.items()}
+    parts = [part for role in roles.values() if role.kind == "linear" for part in role.parts]
+    experts = [part for part in parts if part.expert is not None]
+    assert len(experts) == 48 * 16 * 3
+    assert sum(part.out_features * part.in_features for part in experts) == 3 * 5120 * 8192 * 16 * 48
+    assert len(parts) - len(experts) == 48 * (4 + 3)
+    assert all(part.module.startswith("language_model.model.layers.") for part in parts)
+    linear = sum(part.out_features * part.in_features for part in parts)
+    assert linear == sum(headers[name].numel for name, role in roles.items() if role.kind == "linear")
+
+
+def test_llama_70b_has_seven_matrices_a_layer():
+    """And an embedding and a head of 1.05 billion parameters each, outside of them."""
+    config, headers = shipped("llama-3.3-70b")
+    family = family_for(config)
+    roles = {name: family.role(header, config) for name, header in headers.items()}
+    assert sum(role.kind == "linear" for role in roles.values()) == 80 * 7
+    ends = {
+        name: headers[name].numel for name, role in roles.items() if role.kind in ("embedding", "lm_head")
+    }
+    assert ends == {"model.embed_tokens.weight": 128256 * 8192, "lm_head.weight": 128256 * 8192}
