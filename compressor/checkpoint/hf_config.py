@@ -1,10 +1,10 @@
-"""The result's config.json: every field of the source's, plus ``quantization_config`` as the library writes it."""
+"""The result's config.json: the source's fields, and ``quantization_config`` as the library writes it."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from compressor.model.names import target_patterns
 
@@ -20,8 +20,11 @@ class Described(Protocol):
         ...
 
 
+S = TypeVar("S", bound=Described)
+
+
 def quantization_config(
-    by_scheme: Mapping[Described, Sequence[str]], left_16bit: Sequence[str], embeddings: frozenset[str]
+    by_scheme: Mapping[S, Sequence[str]], left_16bit: Sequence[str], embeddings: frozenset[str]
 ) -> dict[str, Any]:
     """The ``quantization_config`` dictionary, built and dumped by ``compressed_tensors`` itself.
 

@@ -183,7 +183,7 @@ class HubSource:
 
 
 def _pinned(repo: str, revision: str | None) -> tuple[str, dict[str, int], dict[str, str], str | None]:
-    """The commit of ``revision``, its files' sizes, the sha256 of the large ones, and the licence it states."""
+    """The commit of ``revision``, its files' sizes, sha256 of the large ones, and the stated licence."""
     from huggingface_hub import HfApi
 
     with _told(repo, revision):

@@ -51,7 +51,7 @@ class ShippedHeaders:
                 raise CheckpointError(f"tensor {header.name} is listed twice", where=where)
             headers[header.name] = header
         self.label: str = listing["source"]
-        self.license = None
+        self.license: str | None = None
         self.note = "planned from shipped headers" + (f" ({reason})" if reason else "")
         self.headers: Mapping[str, TensorHeader] = headers
         self.fingerprint = fingerprint(self.config, headers, {}, [b"shipped"])

@@ -1,6 +1,8 @@
 """The compiled twins of ``compressor.numerics``, chosen where they run: numba on the CPU, else torch itself.
 
 Both give the same results, bit for bit. Nothing is written to disk.
+
+Legend: N groups of G values, C groups in one row of a matrix, K candidates of a group.
 """
 
 from __future__ import annotations
@@ -11,31 +13,32 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from compressor.numerics import nvfp4_search, scale_search
 from compressor.numerics.fp8 import e4m3_ladder
-from compressor.numerics.scale_search import Grid
+from compressor.numerics.grids import Grid
 
 # Below this many values a second thread costs more than it saves.
 MIN_VALUES_PER_THREAD = 1 << 16
 
 
 def search_nvfp4(u_N16: torch.Tensor, h_C16: torch.Tensor) -> torch.Tensor:
-    """uint8 [N]: the best E4M3 code of each block of magnitudes; see ``numerics.nvfp4_search``.
+    """uint8 [N]: the best E4M3 code of each block; see ``numerics.nvfp4_search``.
 
     Args:
-        u_N16: fp32, contiguous: weights times the tensor-level scale (signs do not matter).
+        u_N16: fp32, weights times the tensor-level scale.
         h_C16: fp32 importance of the C blocks of one row; block n has ``h_C16[n % C]``.
     """
-    u_N16 = u_N16.abs()
     if not _compiled(u_N16):
-        return nvfp4_search.search_codes(u_N16, h_C16.repeat(len(u_N16) // len(h_C16), 1))
+        return nvfp4_search.search_codes(u_N16, h_C16)
     from compressor.kernels.nvfp4_search_cpu import search
 
     codes_N = torch.empty(len(u_N16), dtype=torch.uint8)
-    u, h, codes, ladder = u_N16.numpy(), h_C16.numpy(), codes_N.numpy(), e4m3_ladder().numpy()
-    _in_threads(lambda part: search(u[part], h, ladder, codes[part]), len(u), len(h), u_N16.numel())
+    u, h, codes, ladder = _array(u_N16), _array(h_C16), _array(codes_N), _array(e4m3_ladder())
+    _in_threads(lambda part: search(u[part], h, ladder, codes[part]), len(u), u.size, multiple=len(h))
     return codes_N
 
 
@@ -45,19 +48,56 @@ def best_candidate(
     """int64 [N]: the best candidate of each group; arguments as ``numerics.scale_search.best_candidate``."""
     if not _compiled(w_NG):
         return scale_search.best_candidate(w_NG, h_CG, scale_NK, zero_NK, grid)
-    from compressor.kernels.scale_search_cpu import kernel, search_arguments
+    from compressor.kernels.scale_search_cpu import kernel
 
-    search, (low, high) = kernel(grid.kind), search_arguments(grid)
+    search, low, high = kernel(grid.kind), np.float32(grid.low), np.float32(grid.high)
     best_N = torch.empty(len(w_NG), dtype=torch.int64)
-    w, h, best = w_NG.contiguous().numpy(), h_CG.contiguous().numpy(), best_N.numpy()
-    scale, zero = scale_NK.contiguous().numpy(), zero_NK.contiguous().numpy()
-    _in_threads(
-        lambda part: search(w[part], h, scale[part], zero[part], low, high, best[part]),
-        len(w),
-        len(h),
-        w_NG.numel(),
-    )
+    w, h, best = _array(w_NG), _array(h_CG), _array(best_N)
+    scale, zero = _array(scale_NK), _array(zero_NK)
+
+    def work(part: slice) -> None:
+        search(w[part], h, scale[part], zero[part], low, high, best[part])
+
+    _in_threads(work, len(w), w.size, multiple=len(h))
     return best_N
+
+
+def encode(w_NG: torch.Tensor, scale_N: torch.Tensor, zero_N: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Codes [N, G]; arguments as ``Grid.encode``."""
+    if not _compiled(w_NG):
+        return grid.encode(w_NG, scale_N, zero_N)
+    from compressor.kernels.grid_codes_cpu import encoder
+
+    encode_groups, low, high = encoder(grid.kind), np.float32(grid.low), np.float32(grid.high)
+    codes_NG = torch.empty(w_NG.shape, dtype=torch.int8 if grid.kind == "int" else torch.uint8)
+    w, scale, zero, codes = _array(w_NG), _array(scale_N), _array(zero_N), _array(codes_NG)
+
+    def work(part: slice) -> None:
+        encode_groups(w[part], scale[part], zero[part], low, high, codes[part])
+
+    _in_threads(work, len(w), w.size)
+    return codes_NG.view(grid.dtype)
+
+
+def decode(codes_NG: torch.Tensor, scale_N: torch.Tensor, zero_N: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """fp32 [N, G]; arguments as ``Grid.decode``."""
+    if not _compiled(codes_NG):
+        return grid.decode(codes_NG, scale_N, zero_N)
+    from compressor.kernels.grid_codes_cpu import decode_codes
+
+    weight_NG = torch.empty(codes_NG.shape)
+    codes, weight, table = _array(codes_NG.view(torch.uint8)), _array(weight_NG), _array(grid.byte_values())
+    scale, zero = _array(scale_N), _array(zero_N)
+    _in_threads(
+        lambda part: decode_codes(codes[part], table, scale[part], zero[part], weight[part]),
+        len(codes),
+        codes.size,
+    )
+    return weight_NG
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+    return tensor.contiguous().numpy()  # type: ignore[no-any-return]
 
 
 def _compiled(values: torch.Tensor) -> bool:
@@ -72,14 +112,14 @@ def _has_numba() -> bool:
     return True
 
 
-def _in_threads(work: Callable[[slice], None], length: int, multiple: int, values: int) -> None:
-    """Runs ``work`` on equal ranges of ``length``, each starting at a multiple, in as many threads as torch."""
+def _in_threads(work: Callable[[slice], None], length: int, values: int, *, multiple: int = 1) -> None:
+    """Runs ``work`` on equal ranges of ``length``, each starting at a multiple, in torch's threads."""
     threads = max(min(torch.get_num_threads(), values // MIN_VALUES_PER_THREAD), 1)
     step = -(-length // (threads * multiple)) * multiple
     parts = [slice(start, min(start + step, length)) for start in range(0, length, step)]
     if len(parts) == 1:
         work(parts[0])
         return
-    with ThreadPoolExecutor(len(parts), thread_name_prefix="search") as pool:
+    with ThreadPoolExecutor(len(parts), thread_name_prefix="kernel") as pool:
         for done in [pool.submit(work, part) for part in parts]:
             done.result()

@@ -16,7 +16,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from compressor.numerics.scale_search import Grid
+from compressor.numerics.grids import GridKind
 
 Floats = npt.NDArray[np.float32]
 Kernel = Callable[[Floats, Floats, Floats, Floats, np.float32, np.float32, npt.NDArray[np.int64]], None]
@@ -38,13 +38,13 @@ BIT = np.int32(1)
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _round_int(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
+def round_int(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
     for i in range(x_G.size):
         x_G[i] = (x_G[i] + MAGIC_ONE) - MAGIC_ONE
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _round_e2m1(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
+def round_e2m1(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
     for i in range(x_G.size):
         size = abs(x_G[i])
         magic = MAGIC_HALF if size < TWO else (MAGIC_ONE if size < FOUR else MAGIC_TWO)
@@ -52,7 +52,7 @@ def _round_e2m1(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _round_e4m3(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
+def round_e4m3(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
     for i in range(x_G.size):
         subnormal = (x_G[i] + MAGIC_SUBNORMAL) - MAGIC_SUBNORMAL
         if abs(x_G[i]) < E4M3_NORMAL:
@@ -62,9 +62,9 @@ def _round_e4m3(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
 
 
 @cache
-def kernel(kind: str) -> Kernel:
+def kernel(kind: GridKind) -> Kernel:
     """``search(w_NG, h_CG, scale_NK, zero_NK, low, high, best_N)``, which fills ``best_N``, for a grid."""
-    round_group = {"int": _round_int, "e2m1": _round_e2m1, "e4m3": _round_e4m3}[kind]
+    round_group = {"int": round_int, "e2m1": round_e2m1, "e4m3": round_e4m3}[kind]
 
     @numba.njit(nogil=True, error_model="numpy")
     def search(
@@ -108,8 +108,3 @@ def kernel(kind: str) -> Kernel:
             best_N[n] = best
 
     return search  # type: ignore[no-any-return]
-
-
-def search_arguments(grid: Grid) -> tuple[np.float32, np.float32]:
-    """The kernel's ``low`` and ``high``."""
-    return np.float32(grid.low), np.float32(grid.high)

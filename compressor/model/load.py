@@ -107,16 +107,17 @@ def load_checkpoint_model(
     names = _guarded(lambda: stored_names(folder), str(folder))
     one_by_one = any(EXPERT.search(name) and name.endswith(MARKER) for name in names)
     via: Via = "decoded" if one_by_one else "transformers"
-    if one_by_one:
-        load = lambda: _from_decoded(folder, config, quantization, fused)  # noqa: E731
-    else:
+
+    def load() -> Any:
+        if one_by_one:
+            return _from_decoded(folder, config, quantization, fused)
         quantization["dequantize"] = True
-        load = lambda: _from_folder(folder, config)  # noqa: E731
+        return _from_folder(folder, config)
+
     model, info = _guarded(load, str(folder))
     _check_keys(info, str(folder))
-    simulated = None
-    if any(group.get("input_activations") for group in quantization.get("config_groups", {}).values()):
-        simulated = via == "transformers"
+    groups = quantization.get("config_groups", {}).values()
+    simulated = via == "transformers" if any(group.get("input_activations") for group in groups) else None
     return LoadedCheckpoint(set_dtype(model, dtype), via, simulated)
 
 
@@ -183,11 +184,12 @@ def _from_decoded(
 ) -> Any:
     """Model and loading info from weights decoded here, passed off as an unquantized checkpoint."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     tensors = decoded_tensors(folder, quantization, fused)
     del config.quantization_config
-    return AutoModelForCausalLM.from_pretrained(
+    # The auto class wants a path even where the weights are given.
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
     )
 
@@ -201,7 +203,12 @@ def _guarded(load: Callable[[], Any], label: str) -> Any:
         raise
     except Exception as error:  # the libraries raise anything from KeyError to their own classes
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise CheckpointError(f"cannot be loaded: {type(error).__name__}: {reason}", where=label) from error
+        short = isinstance(error, MemoryError) or "memory" in reason
+        raise CheckpointError(
+            f"cannot be loaded: {type(error).__name__}: {reason}",
+            where=label,
+            fix="loading takes 4 bytes a parameter; use a machine with more memory" if short else "",
+        ) from error
 
 
 def _check_keys(info: dict[str, Any], label: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 E2M1_MAX = 6.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Adding and subtracting 1.5 * 2**23 * step rounds an fp32 of small magnitude to a multiple of step, ties to even.
+# Adding and subtracting 1.5 * 2**23 * step rounds a small fp32 to a multiple of step, ties to even.
 ROUND_MAGIC = 12582912.0
 
 
@@ -26,14 +26,19 @@ def round_e2m1_magnitude(magnitude: torch.Tensor) -> torch.Tensor:
     return (clamped + magic) - magic
 
 
-def e2m1_codes(x: torch.Tensor) -> torch.Tensor:
-    """uint8 codes 0 to 15 of fp32 values rounded to E2M1; a negative value that rounds to zero keeps its sign.
+def round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """fp32 -> the nearest E2M1 value; a negative value that rounds to zero becomes -0, and -0 becomes 0."""
+    return round_e2m1_magnitude(x.abs()) * x.sign()
+
+
+def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
+    """uint8 codes 0 to 15 of fp32 values that ``round_e2m1`` gave.
 
     The code of a magnitude v is 2v up to 2, v + 2 up to 4, and 7 for 6: twice the value, bent twice.
     """
-    magnitude = round_e2m1_magnitude(x.abs())
-    code = torch.where(magnitude < 2.0, 2.0 * magnitude, torch.where(magnitude < 6.0, magnitude + 2.0, 7.0))
-    return code.to(torch.uint8) | ((x < 0).to(torch.uint8) << 3)
+    size = values.abs()
+    code = torch.where(size < 2.0, 2.0 * size, torch.where(size < 6.0, size + 2.0, 7.0))
+    return code.to(torch.uint8) | (values.signbit().to(torch.uint8) << 3)
 
 
 def e2m1_values(codes: torch.Tensor) -> torch.Tensor:

@@ -13,36 +13,9 @@ Legend: N groups of G values, K candidates of each group, C groups in one row of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 
-from compressor.numerics.fp4 import E2M1_MAX, round_e2m1_magnitude
-from compressor.numerics.fp8 import E4M3_MAX, to_e4m3
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The values that codes stand for: E2M1, E4M3, or the integers from ``low`` to ``high``."""
-
-    kind: Literal["e2m1", "e4m3", "int"]
-    low: float
-    high: float
-
-    def round(self, x: torch.Tensor) -> torch.Tensor:
-        """fp32 -> the nearest value of the grid, ties to even, saturating."""
-        if self.kind == "e2m1":
-            return round_e2m1_magnitude(x.abs()).copysign(x)
-        if self.kind == "e4m3":
-            return to_e4m3(x).float()
-        return x.clamp(self.low, self.high).round()
-
-
-E2M1 = Grid("e2m1", -E2M1_MAX, E2M1_MAX)
-E4M3 = Grid("e4m3", -E4M3_MAX, E4M3_MAX)
-INT4 = Grid("int", -8.0, 7.0)
-INT8 = Grid("int", -128.0, 127.0)
+from compressor.numerics.grids import Grid
 
 
 def tree_sum(terms_NG: torch.Tensor) -> torch.Tensor:

@@ -34,11 +34,11 @@ _SCHEMES: Kinds[Scheme] = Kinds(
         "fp8": _CALIBRATED.format("fp8_dynamic"),
         "fp8_static": _CALIBRATED.format("fp8_dynamic"),
         "int8_static": _CALIBRATED.format("{kind: int8, activations: dynamic}"),
-        "mxfp4a16": "use mxfp4",
-        "w4a16": "use int4",
-        "w4a16_asym": "use {kind: int4, symmetric: false}",
-        "w8a16": "use int8",
-        "w8a8": "use {kind: int8, activations: dynamic}",
+        "mxfp4a16": "is spelt mxfp4",
+        "w4a16": "is spelt int4",
+        "w4a16_asym": "is spelt {kind: int4, symmetric: false}",
+        "w8a16": "is spelt int8",
+        "w8a8": "is spelt {kind: int8, activations: dynamic}",
     },
 )
 

@@ -22,9 +22,24 @@ if TYPE_CHECKING:
     import torch
     from compressed_tensors.quantization import QuantizationScheme
 
-__all__ = ["Kinds", "Scales", "Scheme", "Search"]
+__all__ = ["Kinds", "Scales", "Scheme", "Search", "indivisible"]
 
 Search = Literal["full", "minmax"]
+
+
+def indivisible(out_features: int, in_features: int, size: int, what: str, advice: str = "") -> str | None:
+    """The problem of a matrix whose rows do not divide into groups of ``size``, or None.
+
+    ``what`` names the group ("16-value block of NVFP4"), ``advice`` a size that would do.
+    """
+    if out_features < 1 or in_features < 1:
+        return f"the matrix is empty ({out_features} x {in_features})"
+    if in_features % size == 0:
+        return None
+    return (
+        f"in_features {in_features} is not a multiple of {size}, the {what}: "
+        f"{advice or 'leave the matrix in 16 bit with ignore'}"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the formats with one scale a group have in common: all but NVFP4, which adds a tensor-level scale.
 
-Legend: O out_features, I in_features, G groups along I, B rows of groups (O, or O / 128 for blocks).
+Legend: O out_features, I in_features, B x C the groups as a matrix.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from compressor.schemes.base import Scales, Scheme, Search
 if TYPE_CHECKING:
     import torch
 
-    from compressor.numerics.scale_search import Grid
+    from compressor.numerics.grids import Grid
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Ratios:
     """Which scales a search tries, relative to the min-max scale.
 
     Attributes:
-        coarse: tried first, after the min-max scale itself.
-        fine: added to the best coarse ratio in a second round; empty for none.
+        coarse: tried first; the min-max scale itself is always a candidate.
+        fine: added to the best ratio in a second round; empty for no second round.
     """
 
     coarse: tuple[float, ...]
@@ -31,13 +31,23 @@ class Ratios:
 
 
 def ratios_between(low: float, high: float, steps_per_unit: int) -> tuple[float, ...]:
-    """Ratios from ``low`` to ``high``, both included."""
+    """Evenly spaced ratios from ``low`` to ``high``, both included."""
     first, last = round(low * steps_per_unit), round(high * steps_per_unit)
     return tuple(step / steps_per_unit for step in range(first, last + 1))
 
 
+def scale_dtype(weight_dtype: str) -> str:
+    """The safetensors dtype of scales that the library stores in the model's dtype: results are 16 bit."""
+    return "F16" if weight_dtype == "F16" else "BF16"
+
+
 class GroupedScheme(Scheme):
     """A scheme whose groups are independent; subclasses say which groups, which values and how stored."""
+
+    @property
+    def _codes_name(self) -> str:
+        """Local name of the stored codes."""
+        return "weight"
 
     def _group(self, in_features: int) -> tuple[int, int]:
         """Rows and columns of one group."""
@@ -52,16 +62,28 @@ class GroupedScheme(Scheme):
         raise NotImplementedError
 
     def _store(self, values_OI: torch.Tensor) -> torch.Tensor:
-        """Values of the grid (fp32) -> the stored tensor, rows kept."""
+        """Values of the grid (fp32) -> the stored codes, rows kept."""
         raise NotImplementedError
 
-    def _load(self, stored: torch.Tensor, in_features: int) -> torch.Tensor:
-        """The stored tensor -> fp32 [O, I] values of the grid."""
+    def _load(self, codes: torch.Tensor, in_features: int) -> torch.Tensor:
+        """The stored codes -> fp32 [O, I] values of the grid."""
         raise NotImplementedError
 
-    def _codes_name(self) -> str:
-        """Local name of the stored codes."""
-        return "weight"
+    def _store_scale(self, scale_BC: torch.Tensor) -> torch.Tensor:
+        """Scales as ``fit`` gives them -> as stored."""
+        return scale_BC
+
+    def _load_scale(self, stored: torch.Tensor) -> torch.Tensor:
+        """Stored scales -> fp32."""
+        return stored.float()
+
+    def _extras(self, shape: tuple[int, int], scales: Scales) -> dict[str, torch.Tensor]:
+        """Further stored tensors."""
+        return {}
+
+    def _load_zero_point(self, tensors: dict[str, torch.Tensor], out_features: int) -> torch.Tensor | None:
+        """fp32 [B, C] zero points, or None for symmetric formats."""
+        return None
 
     def fit(
         self,
@@ -80,3 +102,33 @@ class GroupedScheme(Scheme):
             fit_matrix(w, args, self._group(w.shape[1]), self._grid(), ratios, importance_I)
             for w in weights_OI
         ]
+
+    def encode(self, weight_OI: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
+        """See ``Scheme.encode``; extra memory beside the result: one chunk of rows."""
+        import torch
+
+        from compressor.schemes.group_fit import round_to_grid
+
+        out_features, in_features = weight_OI.shape
+        chunks = round_to_grid(weight_OI, scales, self._group(in_features), self._grid())
+        codes = torch.cat([self._store(values_OI) for values_OI in chunks])
+        stored = {self._codes_name: codes, "weight_scale": self._store_scale(scales.scale)}
+        return stored | self._extras((out_features, in_features), scales)
+
+    def decode(self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int) -> torch.Tensor:
+        """See ``Scheme.decode``; extra memory beside the result: one chunk of rows."""
+        import torch
+
+        from compressor.numerics.groups import row_chunks
+        from compressor.schemes.group_fit import scale_rows
+
+        codes, scale_BC = tensors[self._codes_name], self._load_scale(tensors["weight_scale"])
+        zero_BC = self._load_zero_point(tensors, out_features)
+        rows, columns = self._group(in_features)
+        weight_OI = torch.empty(out_features, in_features, device=codes.device)
+        for chunk in row_chunks(out_features, in_features, rows):
+            part = slice(chunk.start // rows, -(-chunk.stop // rows))
+            values_OI = self._load(codes[chunk], in_features)
+            zero = None if zero_BC is None else zero_BC[part]
+            weight_OI[chunk] = scale_rows(values_OI, scale_BC[part], zero, (rows, columns))
+        return weight_OI

@@ -116,13 +116,13 @@ class Kinds(Generic[M], Mapping[str, type[M]]):
     def _find(self, name: str) -> type[M]:
         if name in self:
             return self[name]
-        hint = self._refused.get(name.lower().replace("-", "_"), "")
-        if not hint:
-            near = get_close_matches(name.lower(), list(self), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-        else:
-            hint = f": {hint}"
-        raise ValueError(f"unknown {self._noun} {name!r}{hint} (known: {', '.join(self)})")
+        known = f"(known: {', '.join(self)})"
+        reason = self._refused.get(name.lower().replace("-", "_"))
+        if reason is not None:
+            raise ValueError(f"{self._noun} {name!r} {reason} {known}")
+        near = get_close_matches(name.lower(), list(self), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown {self._noun} {name!r}{hint} {known}")
 
     def __get_pydantic_json_schema__(
         self, core_schema: CoreSchema, handler: GetJsonSchemaHandler

@@ -1,13 +1,109 @@
-"""NVFP4A16."""
+"""NVFP4A16: E2M1 weights in blocks of 16, an E4M3 scale a block, an fp32 scale for the whole tensor.
+
+Stored as compressed_tensors@0.19 compressors/nvfp4/base.py: the scale of a block is its E4M3 value divided by
+``weight_global_scale``. Legend: O out_features, I in_features, C = I / 16 blocks in a row, N blocks.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
-from compressor.schemes.base import Scheme
+from compressor.schemes.base import Scales, Scheme, Search, indivisible
+from compressor.spec import TensorHeader
+
+if TYPE_CHECKING:
+    import torch
+    from compressed_tensors.quantization import QuantizationScheme
+
+BLOCK = 16
 
 
 class Nvfp4A16(Scheme):
-    """NVFP4 weights."""
+    """Weight-only NVFP4; matrices that the engine fuses share the tensor-level scale."""
 
     kind: Literal["nvfp4a16"] = "nvfp4a16"
+
+    @property
+    def label(self) -> str:
+        """See ``Scheme.label``."""
+        return "NVFP4A16"
+
+    @property
+    def shares_tensor_scale(self) -> bool:
+        """See ``Scheme.shares_tensor_scale``."""
+        return True
+
+    def problem(self, out_features: int, in_features: int, *, fused: bool) -> str | None:
+        """See ``Scheme.problem``."""
+        return indivisible(out_features, in_features, BLOCK, "block of NVFP4")
+
+    def outputs(
+        self, module: str, out_features: int, in_features: int, *, dtype: str = "BF16"
+    ) -> tuple[TensorHeader, ...]:
+        """``weight_packed`` U8 [O, I/2], ``weight_scale`` F8_E4M3 [O, C], ``weight_global_scale`` F32 [1]."""
+        return (
+            TensorHeader(f"{module}.weight_packed", "U8", (out_features, in_features // 2)),
+            TensorHeader(f"{module}.weight_scale", "F8_E4M3", (out_features, in_features // BLOCK)),
+            TensorHeader(f"{module}.weight_global_scale", "F32", (1,)),
+        )
+
+    def ct_scheme(self, targets: list[str]) -> QuantizationScheme:
+        """The library's preset NVFP4A16."""
+        from compressed_tensors.config import CompressionFormat
+        from compressed_tensors.quantization import preset_name_to_scheme
+
+        scheme = preset_name_to_scheme(self.label, targets)
+        scheme.format = CompressionFormat.nvfp4_pack_quantized
+        return scheme
+
+    def fit(
+        self,
+        weights_OI: Sequence[torch.Tensor],
+        *,
+        search: Search,
+        importance_I: torch.Tensor | None = None,
+    ) -> list[Scales]:
+        """See ``Scheme.fit``; all matrices get one tensor-level scale. Scales are fp32 [O, C]."""
+        from compressor.schemes.nvfp4_fit import fit_full, fit_minmax
+
+        if search == "full":
+            return fit_full(weights_OI, importance_I)
+        args = self.ct_scheme([]).weights
+        assert args is not None
+        return fit_minmax(weights_OI, args)
+
+    def encode(self, weight_OI: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
+        """See ``Scheme.encode``; extra memory beside the result: one chunk of rows."""
+        import torch
+
+        from compressor.numerics.fp4 import e2m1_codes, pack_nibbles, round_e2m1
+        from compressor.numerics.fp8 import to_e4m3
+        from compressor.numerics.groups import row_chunks, to_groups
+
+        assert scales.global_scale is not None, "NVFP4 scales come with a tensor-level scale"
+        scale_OC = scales.scale.float() / scales.global_scale
+        packed = []
+        for rows in row_chunks(*weight_OI.shape):
+            ratio_N16 = to_groups(weight_OI[rows].float(), 1, BLOCK) / scale_OC[rows].reshape(-1, 1)
+            packed.append(pack_nibbles(e2m1_codes(round_e2m1(ratio_N16))).view(rows.stop - rows.start, -1))
+        return {
+            "weight_packed": torch.cat(packed),
+            "weight_scale": to_e4m3(scales.scale.float()),
+            "weight_global_scale": scales.global_scale,
+        }
+
+    def decode(self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int) -> torch.Tensor:
+        """See ``Scheme.decode``; extra memory beside the result: one chunk of rows."""
+        import torch
+
+        from compressor.numerics.fp4 import e2m1_values, unpack_nibbles
+        from compressor.numerics.groups import row_chunks
+
+        packed = tensors["weight_packed"]
+        scale_OC = tensors["weight_scale"].float() / tensors["weight_global_scale"]
+        weight_OI = torch.empty(out_features, in_features, device=packed.device)
+        for rows in row_chunks(out_features, in_features):
+            values_N16 = e2m1_values(unpack_nibbles(packed[rows])).view(-1, BLOCK)
+            weight_OI[rows] = (values_N16 * scale_OC[rows].reshape(-1, 1)).view(-1, in_features)
+        return weight_OI

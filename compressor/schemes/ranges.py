@@ -1,7 +1,7 @@
 """Scales from the range of each group, exactly as ``llmcompressor``'s min-max observer takes them.
 
-Range and scale are computed by ``compressed_tensors.quantization.utils.calculate_qparams`` in the weight's own
-dtype, as llmcompressor@0.14 observers/min_max.py does; imported only where arithmetic is done.
+Scales are computed by ``compressed_tensors``' ``calculate_qparams`` in the weight's own dtype, as
+llmcompressor@0.14 observers/min_max.py does. Imported only where arithmetic is done.
 
 Legend: O out_features, I in_features, G groups along I, B rows of groups (O, or O / 128 for blocks).
 """
@@ -28,7 +28,7 @@ def group_ranges(weight_OI: torch.Tensor, rows: int, columns: int) -> tuple[torc
     """Least and greatest value [B, G] of each group of ``rows`` by ``columns``, in the weight's dtype."""
     groups_in_row = weight_OI.shape[1] // columns
     least, greatest = [], []
-    for chunk in row_chunks(*weight_OI.shape, multiple=rows):
+    for chunk in row_chunks(weight_OI.shape[0], weight_OI.shape[1], rows):
         low_N, high_N = to_groups(weight_OI[chunk], rows, columns).aminmax(dim=1)
         least.append(low_N.view(-1, groups_in_row))
         greatest.append(high_N.view(-1, groups_in_row))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,9 +39,7 @@ def mxfp4(out: int, wide: int) -> Made:
     """Blocks of 32, power-of-two scales stored as exponents with bias 127."""
     codes_OI = torch.randint(16, (out, wide))
     exponent_OG = torch.randint(121, 125, (out, wide // 32))
-    weight_OI = (
-        FP4_VALUES[codes_OI].double() * (2.0 ** (exponent_OG - 127).double()).repeat_interleave(32, 1)
-    )
+    weight_OI = FP4_VALUES[codes_OI].double() * (2.0 ** (exponent_OG - 127).double()).repeat_interleave(32, 1)
     packed = (codes_OI[:, ::2] | codes_OI[:, 1::2] << 4).to(torch.uint8)
     return {"weight_packed": packed, "weight_scale": exponent_OG.to(torch.uint8)}, weight_OI
 
@@ -110,16 +108,11 @@ FORMATS: dict[str, Callable[[int, int], Made]] = {
 }
 
 
-def compress_folder(
-    source: Path, folder: Path, preset: str, linears: Iterable[str] | None = None
-) -> dict[str, torch.Tensor]:
-    """Copies ``source`` to ``folder`` with random quantized weights; returns the weights meant, by tensor name.
-
-    ``linears`` are the modules written quantized; by default all ``_proj`` matrices of the source.
-    """
+def compress_folder(source: Path, folder: Path, preset: str) -> dict[str, torch.Tensor]:
+    """Copies ``source`` to ``folder`` with random quantized projections; returns the weights meant."""
     shutil.copytree(source, folder)
     stored = load_file(folder / "model.safetensors")
-    names = linears or [name.removesuffix(".weight") for name in stored if name.endswith("_proj.weight")]
+    names = [name.removesuffix(".weight") for name in stored if name.endswith("_proj.weight")]
     meant = {}
     with torch.random.fork_rng():
         torch.manual_seed(1)

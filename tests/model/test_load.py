@@ -15,6 +15,8 @@ from compressor.checkpoint.folder import FolderSource
 from compressor.errors import CheckpointError
 from compressor.model.families.llama4 import Llama4Family
 from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer, set_dtype
+from compressor.model.quiet import quiet
+from tests.checkpoint.tiny_gguf import tiny_gguf
 from tests.model.compressed import FORMATS, compress_folder, fp8, nvfp4, write_quantization_config
 from tests.tiny import tiny_llama, tiny_llama4
 
@@ -89,7 +91,7 @@ def test_experts_written_one_by_one_come_back_fused(preset: str, make: Any, tmp_
         torch.testing.assert_close(experts.down_proj[expert].double(), down.T, rtol=BF16, atol=0)
     assert loaded.via == "decoded"
     assert loaded.activations_simulated is (False if preset == "FP8_DYNAMIC" else None)
-    with pytest.raises(CheckpointError, match="has no tensor for .*experts"):
+    with pytest.raises(CheckpointError, match=r"has no tensor for .*experts"):
         load_checkpoint_model(source, torch.float32)
 
 
@@ -105,7 +107,7 @@ def test_a_lost_expert_is_named(tmp_path: Path) -> None:
             stored |= {f"{part.module}.{local}": tensor for local, tensor in tensors.items()}
     save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
     write_quantization_config(source, "NVFP4A16")
-    with pytest.raises(CheckpointError, match=r"1 of its 4 parts are missing.*experts\.1\.up_proj"):
+    with pytest.raises(CheckpointError, match=r"1 of its 2 parts are missing: .*experts\.1\.down_proj"):
         load_checkpoint_model(source, torch.float32, fused=fused)
 
 
@@ -138,9 +140,7 @@ class _GgufSource:
 
 def test_gguf_baseline_is_rounded_to_bfloat16(tmp_path: Path) -> None:
     """A GGUF source is dequantized, rounded to bfloat16 and then cast: what compression starts from."""
-    from tests.checkpoint.tiny_gguf import write_tiny_gguf
-
-    source = _GgufSource(write_tiny_gguf(tmp_path))
+    source = _GgufSource(tiny_gguf(tmp_path / "model.gguf").parent)
     model = load_source_model(source, torch.float32)  # type: ignore[arg-type]
     for parameter in model.parameters():
         assert parameter.dtype is torch.float32
@@ -151,7 +151,10 @@ def test_loading_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     """No bars, advice or warnings of the libraries reach stdout or stderr."""
     source = tiny_llama(tmp_path / "source")
     compress_folder(source, tmp_path / "result", "NVFP4A16")
+    gguf = _GgufSource(tiny_gguf(tmp_path / "model.gguf").parent)
+    capfd.readouterr()
     load_source_model(FolderSource(source), torch.float32)
+    load_source_model(gguf, torch.float32)  # type: ignore[arg-type]
     load_checkpoint_model(tmp_path / "result", torch.float32)
     load_tokenizer(tmp_path / "result")
     assert capfd.readouterr() == ("", "")
@@ -167,7 +170,9 @@ def test_a_missing_parameter_is_an_error(tmp_path: Path) -> None:
         lambda: load_source_model(FolderSource(folder), torch.float32),
         lambda: load_checkpoint_model(folder, torch.float32),
     ):
-        with pytest.raises(CheckpointError, match=r"has no tensor for model\.layers\.1\.mlp\.up_proj\.weight"):
+        with pytest.raises(
+            CheckpointError, match=r"has no tensor for model\.layers\.1\.mlp\.up_proj\.weight"
+        ):
             load()
 
 
@@ -184,7 +189,7 @@ def test_scales_that_nothing_uses_are_an_error(tmp_path: Path) -> None:
 
 
 def test_faults_are_told_in_one_line(tmp_path: Path) -> None:
-    """Foreign formats, empty folders, cut files and code in the checkpoint: a CheckpointError naming the folder."""
+    """Foreign formats, empty folders, cut files and code: the error names the folder."""
     source = tiny_llama(tmp_path / "source")
     compress_folder(source, tmp_path / "gptq", "W4A16")
     _edit(tmp_path / "gptq", lambda config: config["quantization_config"].update(quant_method="gptq"))
@@ -194,7 +199,13 @@ def test_faults_are_told_in_one_line(tmp_path: Path) -> None:
     compress_folder(source, tmp_path / "code", "NVFP4A16")
     _edit(tmp_path / "code", lambda c: c.update(model_type="x", auto_map={"AutoConfig": "evil.Config"}))
     (tmp_path / "empty").mkdir()
-    for name, reason in (("gptq", "'gptq'"), ("cut", "cannot be loaded"), ("code", ""), ("empty", "")):
+    reasons = {
+        "gptq": "'gptq'",
+        "cut": "cannot be loaded",
+        "code": "custom code",
+        "empty": "config.json",
+    }
+    for name, reason in reasons.items():
         with pytest.raises(CheckpointError, match=reason) as caught:
             load_checkpoint_model(tmp_path / name, torch.float32)
         assert caught.value.where == str(tmp_path / name)
@@ -208,3 +219,23 @@ def _edit(folder: Path, change: Any) -> None:
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
+
+
+def test_quiet_gives_everything_back() -> None:
+    """Bars and verbosity are as before, also after a failure inside."""
+    from tqdm import tqdm
+    from transformers.utils import logging as hf_logging
+
+    def state() -> tuple[object, ...]:
+        return hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled(), vars(tqdm)["__init__"]
+
+    def fail() -> None:
+        with quiet():
+            assert tqdm([1], disable=False).disable
+            raise KeyError
+
+    before = state()
+    with pytest.raises(KeyError):
+        fail()
+    assert state() == before
+    assert not tqdm([1], disable=False).disable
