@@ -41,7 +41,8 @@ source, target, observer = sys.argv[1:4]
 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
 kind = {"weight_observer": observer} if observer != "-" else {}
 started = time.monotonic()
-oneshot(model=model, recipe=QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="NVFP4A16", **kind))
+how = QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="NVFP4A16", **kind)
+oneshot(model=model, recipe=how)
 quantized = time.monotonic()
 model.save_pretrained(target, save_compressed=True)
 AutoTokenizer.from_pretrained(source).save_pretrained(target)
@@ -208,7 +209,7 @@ def _plain_copy(source: Path, target: Path) -> dict[str, Any]:
 
 
 def _synthetic(folder: Path, gigabytes: float) -> None:
-    """A Llama-shaped checkpoint of random weights, written shard by shard: hidden 4096, intermediate 14336."""
+    """A Llama-shaped checkpoint of random weights, shard by shard: hidden 4096, intermediate 14336."""
     import torch
     from safetensors.torch import save_file
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,8 +97,8 @@ def decode(codes_NG: torch.Tensor, scale_N: torch.Tensor, zero_N: torch.Tensor, 
     return weight_NG
 
 
-def _array(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
-    return tensor.contiguous().numpy()  # type: ignore[no-any-return]
+def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    return tensor.contiguous().numpy()
 
 
 def _compiled(values: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from compressor.kernels.scale_search_cpu import round_e2m1, round_e4m3, round_int
+from compressor.kernels.scale_search_cpu import clipped_ratios, round_e2m1, round_e4m3, round_int
 from compressor.numerics.grids import GridKind
 
 Floats = npt.NDArray[np.float32]
@@ -34,23 +34,13 @@ MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _ratios(
-    w_G: Floats, scale: np.float32, zero: np.float32, low: np.float32, high: np.float32, x_G: Floats
-) -> None:
-    for i in range(w_G.size):
-        x = w_G[i] / scale + zero
-        x = low if x < low else x
-        x_G[i] = high if x > high else x
-
-
-@numba.njit(nogil=True, error_model="numpy")
 def _encode_int(
     w_NG: Floats, scale_N: Floats, zero_N: Floats, low: np.float32, high: np.float32, codes_NG: Codes
 ) -> None:
     x_G = np.empty(w_NG.shape[1], np.float32)
     bits_G = x_G.view(np.int32)
     for n in range(w_NG.shape[0]):
-        _ratios(w_NG[n], scale_N[n], zero_N[n], low, high, x_G)
+        clipped_ratios(w_NG[n], scale_N[n], zero_N[n], low, high, x_G)
         round_int(x_G, bits_G)
         codes_G = codes_NG[n]
         for i in range(x_G.size):
@@ -65,7 +55,7 @@ def _encode_e2m1(
     sign_G = np.empty(w_NG.shape[1], np.int32)
     bits_G = x_G.view(np.int32)
     for n in range(w_NG.shape[0]):
-        _ratios(w_NG[n], scale_N[n], zero_N[n], low, high, x_G)
+        clipped_ratios(w_NG[n], scale_N[n], zero_N[n], low, high, x_G)
         for i in range(x_G.size):
             sign_G[i] = 8 if x_G[i] < ZERO else 0
         round_e2m1(x_G, bits_G)
@@ -84,7 +74,7 @@ def _encode_e4m3(
     sign_G = np.empty(w_NG.shape[1], np.int32)
     bits_G = x_G.view(np.int32)
     for n in range(w_NG.shape[0]):
-        _ratios(w_NG[n], scale_N[n], zero_N[n], low, high, x_G)
+        clipped_ratios(w_NG[n], scale_N[n], zero_N[n], low, high, x_G)
         for i in range(x_G.size):
             sign_G[i] = 0x80 if bits_G[i] < 0 else 0
         round_e4m3(x_G, bits_G)

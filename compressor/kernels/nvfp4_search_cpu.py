@@ -56,50 +56,61 @@ def _clipped(u_16T: Floats, h_16T: Floats, scale_T: Floats, error_T: Floats) -> 
 
 
 @numba.njit(nogil=True, error_model="numpy")
+def _load(u_N16: Floats, h_C16: Floats, start: int, u_16T: Floats, h_16T: Floats, amax_T: Floats) -> int:
+    """Transposes the tile from block ``start`` on, zeros after the last; returns how many blocks it has."""
+    width = int(min(TILE, u_N16.shape[0] - start))
+    for t in range(TILE):
+        amax_T[t] = ZERO
+        for i in range(BLOCK):
+            u_16T[i, t] = ZERO
+    for t in range(width):
+        n = start + t
+        for i in range(BLOCK):
+            u_16T[i, t] = abs(u_N16[n, i])
+            h_16T[i, t] = h_C16[n % h_C16.shape[0], i]
+    for i in range(BLOCK):
+        for t in range(TILE):
+            amax_T[t] = max(amax_T[t], u_16T[i, t])
+    return width
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _first_codes(amax_T: Floats, ladder: Floats, base_T: npt.NDArray[np.int64]) -> int:
+    """The smallest codes that reach the largest values; returns how many above them may win in some block."""
+    span = 0
+    for t in range(TILE):
+        base = 1
+        while base < LAST_CODE and ladder[base] * SIX < amax_T[t]:
+            base += 1
+        base_T[t] = base
+        if amax_T[t] > ZERO:
+            last = base
+            while last < LAST_CODE and (last < LOW_CODES or ladder[last + 1] * THREE < amax_T[t]):
+                last += 1
+            span = max(span, last - base)
+    return span
+
+
+@numba.njit(nogil=True, error_model="numpy")
 def search(u_N16: Floats, h_C16: Floats, ladder: Floats, codes_N: npt.NDArray[np.uint8]) -> None:
     """Fills ``codes_N`` with the best E4M3 code of each block.
 
     Args:
-        u_N16: magnitudes of the weights times the tensor-level scale.
+        u_N16: the weights times the tensor-level scale.
         h_C16: importance of the C blocks of one row; block n has ``h_C16[n % C]``.
         ladder: [127] the value of each code.
         codes_N: the result.
     """
-    count = u_N16.shape[0]
-    columns = h_C16.shape[0]
-    u_16T = np.zeros((BLOCK, TILE), np.float32)
-    h_16T = np.zeros((BLOCK, TILE), np.float32)
-    amax_T = np.empty(TILE, np.float32)
-    scale_T = np.empty(TILE, np.float32)
-    error_T = np.empty(TILE, np.float32)
-    least_T = np.empty(TILE, np.float32)
-    base_T = np.empty(TILE, np.int64)
-    best_T = np.empty(TILE, np.int64)
-    for start in range(0, count, TILE):
-        width = min(TILE, count - start)
-        u_16T[:, width:] = ZERO
-        for t in range(width):
-            n = start + t
-            for i in range(BLOCK):
-                u_16T[i, t] = u_N16[n, i]
-                h_16T[i, t] = h_C16[n % columns, i]
-        amax_T[:] = ZERO
-        for i in range(BLOCK):
-            for t in range(TILE):
-                amax_T[t] = max(amax_T[t], u_16T[i, t])
-        span = 0
+    u_16T, h_16T = np.zeros((BLOCK, TILE), np.float32), np.zeros((BLOCK, TILE), np.float32)
+    amax_T, scale_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    error_T, least_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    base_T, best_T = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
+    for start in range(0, u_N16.shape[0], TILE):
+        width = _load(u_N16, h_C16, start, u_16T, h_16T, amax_T)
+        span = _first_codes(amax_T, ladder, base_T)
         for t in range(TILE):
-            base = 1
-            while base < LAST_CODE and ladder[base] * SIX < amax_T[t]:
-                base += 1
-            last = base
-            while last < LAST_CODE and (last < LOW_CODES or ladder[last + 1] * THREE < amax_T[t]):
-                last += 1
-            base_T[t] = base
-            best_T[t] = base
-            if amax_T[t] > ZERO:
-                span = max(span, last - base)
-            scale_T[t] = ladder[base]
+            best_T[t] = base_T[t]
+            scale_T[t] = ladder[base_T[t]]
         _errors(u_16T, h_16T, scale_T, least_T)
         for k in range(1, span + 1):
             for t in range(TILE):

@@ -38,13 +38,26 @@ BIT = np.int32(1)
 
 
 @numba.njit(nogil=True, error_model="numpy")
+def clipped_ratios(
+    w_G: Floats, scale: np.float32, zero: np.float32, low: np.float32, high: np.float32, x_G: Floats
+) -> None:
+    """Fills ``x_G`` with w / scale + zero, clipped."""
+    for i in range(w_G.size):
+        x = w_G[i] / scale + zero
+        x = low if x < low else x
+        x_G[i] = high if x > high else x
+
+
+@numba.njit(nogil=True, error_model="numpy")
 def round_int(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
+    """Rounds ``x_G`` (clipped before) to integers in place; ``bits_G`` is the same memory."""
     for i in range(x_G.size):
         x_G[i] = (x_G[i] + MAGIC_ONE) - MAGIC_ONE
 
 
 @numba.njit(nogil=True, error_model="numpy")
 def round_e2m1(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
+    """Rounds ``x_G`` (clipped before) to E2M1 in place; ``bits_G`` is the same memory."""
     for i in range(x_G.size):
         size = abs(x_G[i])
         magic = MAGIC_HALF if size < TWO else (MAGIC_ONE if size < FOUR else MAGIC_TWO)
@@ -53,6 +66,7 @@ def round_e2m1(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
 
 @numba.njit(nogil=True, error_model="numpy")
 def round_e4m3(x_G: Floats, bits_G: npt.NDArray[np.int32]) -> None:
+    """Rounds ``x_G`` (clipped before) to E4M3 in place; ``bits_G`` is the same memory."""
     for i in range(x_G.size):
         subnormal = (x_G[i] + MAGIC_SUBNORMAL) - MAGIC_SUBNORMAL
         if abs(x_G[i]) < E4M3_NORMAL:
@@ -87,10 +101,7 @@ def kernel(kind: GridKind) -> Kernel:
             best = 0
             for k in range(scale_NK.shape[1]):
                 scale, zero = scale_NK[n, k], zero_NK[n, k]
-                for i in range(size):
-                    x = w_G[i] / scale + zero
-                    x = low if x < low else x
-                    rounded_G[i] = high if x > high else x
+                clipped_ratios(w_G, scale, zero, low, high, rounded_G)
                 round_group(rounded_G, bits_G)
                 for i in range(size):
                     miss = w_G[i] - scale * (rounded_G[i] - zero)

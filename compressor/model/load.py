@@ -46,32 +46,19 @@ class LoadedCheckpoint:
 def load_source_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The source as transformers loads it, with parameters of ``dtype``, on the CPU.
 
-    A GGUF source is dequantized to bfloat16 first: that is the baseline that its compression starts from.
+    A GGUF source is given to transformers tensor by tensor, as its compression reads it: dequantized to
+    bfloat16, the same bits as transformers' own GGUF loader in a third of the time.
 
     Raises:
         CheckpointError: there is no local model, transformers cannot load it, or a parameter is missing.
     """
-    import torch
-
-    folder, gguf = source.model_dir(), source.gguf_file()
-    if folder is None:
-        raise CheckpointError("this source has no weights to evaluate", where=source.label)
-
-    def load() -> Any:
-        from transformers import AutoModelForCausalLM, GgufConfig
-
-        how = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)} if gguf else {}
-        return AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.bfloat16 if gguf else dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **how,
-        )
-
-    model, info = _guarded(load, source.label)
+    if source.gguf_file():
+        model, info = _guarded(lambda: _from_source(source), source.label)
+    else:
+        folder = source.model_dir()
+        if folder is None:
+            raise CheckpointError("this source has no weights to evaluate", where=source.label)
+        model, info = _guarded(lambda: _from_folder(folder, _read_config(folder)), source.label)
     _check_keys(info, source.label)
     return set_dtype(model, dtype)
 
@@ -179,15 +166,27 @@ def _from_folder(folder: Path, config: Any) -> Any:
     )
 
 
+def _from_source(source: Source) -> Any:
+    """Model and loading info from the source's own tensors."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**source.config)
+    return _from_tensors(config, {name: source.read(name) for name in source.headers})
+
+
 def _from_decoded(
     folder: Path, config: Any, quantization: dict[str, Any], fused: Sequence[FusedTensor]
 ) -> Any:
     """Model and loading info from weights decoded here, passed off as an unquantized checkpoint."""
+    tensors = decoded_tensors(folder, quantization, fused)
+    del config.quantization_config
+    return _from_tensors(config, tensors)
+
+
+def _from_tensors(config: Any, tensors: dict[str, torch.Tensor]) -> Any:
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    tensors = decoded_tensors(folder, quantization, fused)
-    del config.quantization_config
     # The auto class wants a path even where the weights are given.
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True

@@ -36,7 +36,10 @@ class Grid:
         return x.clamp(self.low, self.high).round()
 
     def encode(self, w_NG: torch.Tensor, scale_N: torch.Tensor, zero_N: torch.Tensor) -> torch.Tensor:
-        """Codes [N, G] of round(w / scale + zero point), all fp32, as ``compressed_tensors``' ``quantize``."""
+        """Codes [N, G] of round(w / scale + zero point), in fp32, as ``compressed_tensors``' ``quantize``.
+
+        A zero point of -0 leaves negative zeros alone, as the library does where there is none.
+        """
         values_NG = self.round(w_NG / scale_N[:, None] + zero_N[:, None])
         return e2m1_codes(values_NG) if self.kind == "e2m1" else values_NG.to(self.dtype)
 

@@ -24,7 +24,7 @@ that is so for the odd codes below 16 (subnormal c/2), and all codes below 16 ar
 its term, any other at least zero, and fp32 addition is monotone. L grows as c falls. Once L(c) exceeds the
 least error found, neither c nor any smaller code can win.
 
-Legend: N blocks.
+Legend: N blocks, C blocks in one row of the matrix.
 """
 
 from __future__ import annotations
@@ -62,13 +62,16 @@ def _clipped(u_N16: torch.Tensor, h_N16: torch.Tensor, scale_N: torch.Tensor) ->
     return error_N
 
 
-def search_codes(u_N16: torch.Tensor, h_N16: torch.Tensor) -> torch.Tensor:
+def search_codes(u_N16: torch.Tensor, h_C16: torch.Tensor) -> torch.Tensor:
     """uint8 [N]: the best E4M3 code of each block.
 
     Args:
-        u_N16: fp32, the magnitudes of the weights times the tensor-level scale; finite.
-        h_N16: fp32, importance of each value, positive, at most about 1.
+        u_N16: fp32, the weights times the tensor-level scale; finite.
+        h_C16: fp32, importance of the values of one row of blocks, positive, at most about 1; block n has
+            ``h_C16[n % C]``.
     """
+    u_N16 = u_N16.abs()
+    h_N16 = h_C16.repeat(len(u_N16) // len(h_C16), 1)
     ladder = e4m3_ladder(u_N16.device)
     amax_N = u_N16.amax(dim=1)
     base_N = first_code(amax_N, ladder)

@@ -64,8 +64,7 @@ def _translated(root: Fields, path: Path, detail: Mapping[str, Any]) -> RecipeEr
     if sort == "extra_forbidden":
         return _unknown_key(root, path, entry.where)
     if sort == "missing":
-        fix = "add `schema_version: 1`" if path == ("schema_version",) else ""
-        return RecipeError(f"key {dotted!r} is missing", where=entry.where, fix=fix)
+        return RecipeError(f"key {dotted!r} is missing", where=entry.where)
     where = entry.node.where if isinstance(entry.node, Leaf) and not rest else entry.where
     if sort == "recipe_fault":
         return RecipeError(f"{dotted}: {detail['msg']}", where=where)

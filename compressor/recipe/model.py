@@ -212,7 +212,9 @@ class ExportSection(Section):
 class Recipe(Section):
     """One compression job, fully resolved."""
 
-    schema_version: Literal[1] = Field(description="Version of this language; this release reads 1.")
+    schema_version: Literal[1] = Field(
+        default=1, description="Version of this language; this release reads 1."
+    )
     name: Slug = Field(description="Name of the result; by default the recipe file's name.")
     seed: Seed = Field(default=0, description="Seed of everything random in the run.")
     model: ModelSection

@@ -13,7 +13,6 @@ from compressor.schemes.grouped import GroupedScheme, Ratios, ratios_between, sc
 from compressor.spec import TensorHeader
 
 if TYPE_CHECKING:
-    import torch
     from compressed_tensors.quantization import QuantizationScheme
 
     from compressor.numerics.grids import Grid
@@ -44,14 +43,6 @@ class _Fp8(GroupedScheme):
 
     def _ratios(self) -> Ratios:
         return Ratios(ratios_between(1.0, 2.0, 32))
-
-    def _store(self, values_OI: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        return values_OI.to(torch.float8_e4m3fn)
-
-    def _load(self, codes: torch.Tensor, in_features: int) -> torch.Tensor:
-        return codes.float()
 
 
 class Fp8Dynamic(_Fp8):

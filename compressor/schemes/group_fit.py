@@ -1,20 +1,20 @@
-"""Fitting and rounding of matrices whose groups have a scale each. Imported only where arithmetic is done.
+"""Scales of matrices whose groups have a scale each. Imported only where arithmetic is done.
 
 Legend: O out_features, I in_features, N groups of G values, K candidates of a group, B x C the groups as a
-matrix, P groups in a row (C of ``importance_groups``).
+matrix, P groups in a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import frexp
 from typing import TYPE_CHECKING
 
 import torch
 
 from compressor.kernels import best_candidate
-from compressor.numerics.groups import from_groups, importance_groups, row_chunks, to_groups
+from compressor.numerics.groups import importance_groups, to_groups
 from compressor.schemes.base import Scales
+from compressor.schemes.group_codes import group_chunks
 from compressor.schemes.grouped import Ratios
 from compressor.schemes.ranges import group_ranges, range_scales, storage_dtype
 
@@ -53,7 +53,7 @@ def fit_matrix(
     unit = _unit(low_BC, high_BC)
     scale_BC = torch.empty_like(start.scale)
     zero_BC = None if start.zero_point is None else torch.empty_like(start.zero_point)
-    for chunk, part in _chunks(weight_OI, group):
+    for chunk, part in group_chunks(weight_OI, group):
         w_NG = to_groups(weight_OI[chunk].float(), *group) * unit
         search = _Search(w_NG, h_PG, low_BC[part], high_BC[part], grid, unit)
         zero_N = None if start.zero_point is None else start.zero_point[part].flatten()
@@ -62,32 +62,6 @@ def fit_matrix(
         if zero_BC is not None and zero_N is not None:
             zero_BC[part] = zero_N.view_as(zero_BC[part])
     return Scales(scale_BC, zero_BC)
-
-
-def round_to_grid(
-    weight_OI: torch.Tensor, scales: Scales, group: tuple[int, int], grid: Grid
-) -> Iterator[torch.Tensor]:
-    """fp32 values of the grid for successive chunks of rows: round(weight / scale + zero point), saturated.
-
-    Division and sum are in fp32, as ``compressed_tensors``' ``quantize`` does for fp32 weights and scales.
-    """
-    for chunk, part in _chunks(weight_OI, group):
-        ratio_NG = to_groups(weight_OI[chunk].float(), *group) / scales.scale[part].reshape(-1, 1).float()
-        if scales.zero_point is not None:
-            ratio_NG += scales.zero_point[part].reshape(-1, 1).float()
-        shape = (chunk.stop - chunk.start, weight_OI.shape[1])
-        yield from_groups(grid.round(ratio_NG), *group, shape)
-
-
-def scale_rows(
-    values_OI: torch.Tensor, scale_BC: torch.Tensor, zero_BC: torch.Tensor | None, group: tuple[int, int]
-) -> torch.Tensor:
-    """fp32 [O, I]: (values - zero point) * scale; all three fp32."""
-    values_NG = to_groups(values_OI, *group)
-    if zero_BC is not None:
-        values_NG = values_NG - zero_BC.reshape(-1, 1)
-    shape = (values_OI.shape[0], values_OI.shape[1])
-    return from_groups(values_NG * scale_BC.reshape(-1, 1), *group, shape)
 
 
 class _Search:
@@ -155,13 +129,6 @@ class _Search:
         near_K = torch.tensor(offsets, device=scale_NK.device)
         zero_NKZ = (centre_NK.round()[..., None] + near_K).clamp(low, high)
         return scale_NK.repeat_interleave(len(offsets), dim=1), zero_NKZ.flatten(1)
-
-
-def _chunks(weight_OI: torch.Tensor, group: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    """Ranges of rows, and of rows of groups."""
-    rows = group[0]
-    for chunk in row_chunks(weight_OI.shape[0], weight_OI.shape[1], rows):
-        yield chunk, slice(chunk.start // rows, -(-chunk.stop // rows))
 
 
 def _unit(low_BC: torch.Tensor, high_BC: torch.Tensor) -> float:

@@ -61,13 +61,13 @@ class GroupedScheme(Scheme):
         """Which scales the full search tries."""
         raise NotImplementedError
 
-    def _store(self, values_OI: torch.Tensor) -> torch.Tensor:
-        """Values of the grid (fp32) -> the stored codes, rows kept."""
-        raise NotImplementedError
+    def _store(self, codes_OI: torch.Tensor) -> torch.Tensor:
+        """Codes of the grid -> as stored, rows kept."""
+        return codes_OI
 
-    def _load(self, codes: torch.Tensor, in_features: int) -> torch.Tensor:
-        """The stored codes -> fp32 [O, I] values of the grid."""
-        raise NotImplementedError
+    def _load(self, stored: torch.Tensor, in_features: int) -> torch.Tensor:
+        """Codes as stored -> codes of the grid [O, I]."""
+        return stored
 
     def _store_scale(self, scale_BC: torch.Tensor) -> torch.Tensor:
         """Scales as ``fit`` gives them -> as stored."""
@@ -107,11 +107,11 @@ class GroupedScheme(Scheme):
         """See ``Scheme.encode``; extra memory beside the result: one chunk of rows."""
         import torch
 
-        from compressor.schemes.group_fit import round_to_grid
+        from compressor.schemes.group_codes import encode_chunks
 
         out_features, in_features = weight_OI.shape
-        chunks = round_to_grid(weight_OI, scales, self._group(in_features), self._grid())
-        codes = torch.cat([self._store(values_OI) for values_OI in chunks])
+        chunks = encode_chunks(weight_OI, scales, self._group(in_features), self._grid())
+        codes = torch.cat([self._store(codes_OI) for codes_OI in chunks])
         stored = {self._codes_name: codes, "weight_scale": self._store_scale(scales.scale)}
         return stored | self._extras((out_features, in_features), scales)
 
@@ -120,7 +120,7 @@ class GroupedScheme(Scheme):
         import torch
 
         from compressor.numerics.groups import row_chunks
-        from compressor.schemes.group_fit import scale_rows
+        from compressor.schemes.group_codes import decode_rows
 
         codes, scale_BC = tensors[self._codes_name], self._load_scale(tensors["weight_scale"])
         zero_BC = self._load_zero_point(tensors, out_features)
@@ -128,7 +128,7 @@ class GroupedScheme(Scheme):
         weight_OI = torch.empty(out_features, in_features, device=codes.device)
         for chunk in row_chunks(out_features, in_features, rows):
             part = slice(chunk.start // rows, -(-chunk.stop // rows))
-            values_OI = self._load(codes[chunk], in_features)
+            codes_OI = self._load(codes[chunk], in_features)
             zero = None if zero_BC is None else zero_BC[part]
-            weight_OI[chunk] = scale_rows(values_OI, scale_BC[part], zero, (rows, columns))
+            weight_OI[chunk] = decode_rows(codes_OI, scale_BC[part], zero, (rows, columns), self._grid())
         return weight_OI

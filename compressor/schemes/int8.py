@@ -84,13 +84,11 @@ class Int8(PackedInt):
         fine = tuple(step / 256 for step in (-3, -2, -1, 0, 1, 2, 3))
         return Ratios(ratios_between(0.75, 1.0, 64), fine)
 
-    def _store(self, values_OI: torch.Tensor) -> torch.Tensor:
-        import torch
+    def _store(self, codes_OI: torch.Tensor) -> torch.Tensor:
+        return super()._store(codes_OI) if self.activations == "none" else codes_OI
 
-        return super()._store(values_OI) if self.activations == "none" else values_OI.to(torch.int8)
-
-    def _load(self, codes: torch.Tensor, in_features: int) -> torch.Tensor:
-        return super()._load(codes, in_features) if self.activations == "none" else codes.float()
+    def _load(self, stored: torch.Tensor, in_features: int) -> torch.Tensor:
+        return super()._load(stored, in_features) if self.activations == "none" else stored
 
     def _extras(self, shape: tuple[int, int], scales: Scales) -> dict[str, torch.Tensor]:
         return super()._extras(shape, scales) if self.activations == "none" else {}

@@ -72,15 +72,15 @@ class Mxfp4(GroupedScheme):
     def _ratios(self) -> Ratios:
         return Ratios((0.5, 2.0))
 
-    def _store(self, values_OI: torch.Tensor) -> torch.Tensor:
-        from compressor.numerics.fp4 import e2m1_codes, pack_nibbles
+    def _store(self, codes_OI: torch.Tensor) -> torch.Tensor:
+        from compressor.numerics.fp4 import pack_nibbles
 
-        return pack_nibbles(e2m1_codes(values_OI))
+        return pack_nibbles(codes_OI)
 
-    def _load(self, codes: torch.Tensor, in_features: int) -> torch.Tensor:
-        from compressor.numerics.fp4 import e2m1_values, unpack_nibbles
+    def _load(self, stored: torch.Tensor, in_features: int) -> torch.Tensor:
+        from compressor.numerics.fp4 import unpack_nibbles
 
-        return e2m1_values(unpack_nibbles(codes))
+        return unpack_nibbles(stored)
 
     def _store_scale(self, scale_BC: torch.Tensor) -> torch.Tensor:
         from compressor.numerics.mx import e8m0_codes

@@ -77,18 +77,16 @@ class Nvfp4A16(Scheme):
         """See ``Scheme.encode``; extra memory beside the result: one chunk of rows."""
         import torch
 
-        from compressor.numerics.fp4 import e2m1_codes, pack_nibbles, round_e2m1
+        from compressor.numerics.fp4 import pack_nibbles
         from compressor.numerics.fp8 import to_e4m3
-        from compressor.numerics.groups import row_chunks, to_groups
+        from compressor.numerics.grids import E2M1
+        from compressor.schemes.group_codes import encode_chunks
 
         assert scales.global_scale is not None, "NVFP4 scales come with a tensor-level scale"
-        scale_OC = scales.scale.float() / scales.global_scale
-        packed = []
-        for rows in row_chunks(*weight_OI.shape):
-            ratio_N16 = to_groups(weight_OI[rows].float(), 1, BLOCK) / scale_OC[rows].reshape(-1, 1)
-            packed.append(pack_nibbles(e2m1_codes(round_e2m1(ratio_N16))).view(rows.stop - rows.start, -1))
+        effective = Scales(scales.scale.float() / scales.global_scale)
+        chunks = encode_chunks(weight_OI, effective, (1, BLOCK), E2M1)
         return {
-            "weight_packed": torch.cat(packed),
+            "weight_packed": torch.cat([pack_nibbles(codes_OI) for codes_OI in chunks]),
             "weight_scale": to_e4m3(scales.scale.float()),
             "weight_global_scale": scales.global_scale,
         }
@@ -97,13 +95,15 @@ class Nvfp4A16(Scheme):
         """See ``Scheme.decode``; extra memory beside the result: one chunk of rows."""
         import torch
 
-        from compressor.numerics.fp4 import e2m1_values, unpack_nibbles
+        from compressor.numerics.fp4 import unpack_nibbles
+        from compressor.numerics.grids import E2M1
         from compressor.numerics.groups import row_chunks
+        from compressor.schemes.group_codes import decode_rows
 
         packed = tensors["weight_packed"]
         scale_OC = tensors["weight_scale"].float() / tensors["weight_global_scale"]
         weight_OI = torch.empty(out_features, in_features, device=packed.device)
         for rows in row_chunks(out_features, in_features):
-            values_N16 = e2m1_values(unpack_nibbles(packed[rows])).view(-1, BLOCK)
-            weight_OI[rows] = (values_N16 * scale_OC[rows].reshape(-1, 1)).view(-1, in_features)
+            codes_OI = unpack_nibbles(packed[rows])
+            weight_OI[rows] = decode_rows(codes_OI, scale_OC[rows], None, (1, BLOCK), E2M1)
         return weight_OI

@@ -80,17 +80,15 @@ class PackedInt(GroupedScheme):
         )
         return QuantizationScheme(targets=targets, weights=weights, format=CompressionFormat.pack_quantized)
 
-    def _store(self, values_OI: torch.Tensor) -> torch.Tensor:
-        import torch
-
+    def _store(self, codes_OI: torch.Tensor) -> torch.Tensor:
         from compressor.numerics.packing import pack_int32
 
-        return pack_int32(values_OI.to(torch.int8), self._bits)
+        return pack_int32(codes_OI, self._bits)
 
-    def _load(self, codes: torch.Tensor, in_features: int) -> torch.Tensor:
+    def _load(self, stored: torch.Tensor, in_features: int) -> torch.Tensor:
         from compressor.numerics.packing import unpack_int32
 
-        return unpack_int32(codes, self._bits, in_features).float()
+        return unpack_int32(stored, self._bits, in_features)
 
     def _extras(self, shape: tuple[int, int], scales: Scales) -> dict[str, torch.Tensor]:
         import torch

@@ -33,10 +33,7 @@ def test_killed_runs_end_bit_identical(tmp_path: Path) -> None:
     )
     # Children fork from a server that has the slow imports done, and no threads yet.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["compressor.runner", "compressor.model.load", "compressed_tensors", "transformers", "torch"]
-    )
-    started = time.monotonic()
+    context.set_forkserver_preload(["tests.e2e.preload"])
     reference = context.Process(target=_run, args=(recipe, tmp_path / "reference" / "out"))
     reference.start()
     reference.join()

@@ -56,7 +56,6 @@ HEAD = "schema_version: 1\nmodel: {source: m.gguf}\n"
         (SMALL + "evaluate: {tasks: [{name: a, limits: 1}]}\n", "4:30", "did you mean 'limit'?"),
         # missing and wrong values
         (HEAD, "1:1", "key 'weights' is missing"),
-        ("model: {source: a}\nweights: {scheme: int4}\n", "1:1", "add `schema_version: 1`"),
         ("schema_version: 1\nmodel: {}\nweights: {scheme: int4}\n", "2:1", "key 'model.source' is missing"),
         (SMALL.replace("1", "2"), "1:17", "schema_version: must be 1, not 2"),
         (SMALL + "seed: yes\n", "4:7", "seed: must be a whole number, not 'yes'"),

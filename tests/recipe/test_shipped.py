@@ -110,7 +110,7 @@ def test_schema_knows_the_language() -> None:
         assert all(field.get("description") for field in _properties(schema, section).values())
     assert schema["$defs"]["WeightRule"]["required"] == ["match", "scheme"]
     assert schema["then"] == {
-        "required": ["schema_version", "model", "weights"],
+        "required": ["model", "weights"],
         "properties": {"model": {"required": ["source"]}, "weights": {"required": ["scheme"]}},
     }
     names = _properties(schema, "WeightsSection")["scheme"]["anyOf"][0]["enum"]
