@@ -34,11 +34,12 @@ def find(path: str, *, beside: Path | None = None, what: str = "file") -> Path:
     places = [asked] if asked.is_absolute() else [asked, *([beside / asked] if beside else [])]
     if not asked.is_absolute() and ".." not in asked.parts:
         places.append(shipped_root() / asked)
+    places = list(dict.fromkeys(place.absolute() for place in places))
     for place in places:
         try:
             if place.exists():
                 return place.resolve()
         except OSError as error:
             raise UserError(f"no usable path of a {what}: {error.strerror}", where=path[:200]) from error
-    looked = ", ".join(str(place.absolute()) for place in places)
+    looked = ", ".join(map(str, places))
     raise UserError(f"no such {what}: {path}", fix=f"looked for {looked}")

@@ -178,8 +178,6 @@ def _export(plan: Plan, stages: list[_Stage], costs: list[StageCost], progress: 
 
 
 def _refuse_foreign(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError("the output path is a file", where=str(output), fix="choose another --output")
     if output.is_dir() and any(output.iterdir()):
         raise UserError(
             "the output folder is not empty, and holds no result of this recipe and source",

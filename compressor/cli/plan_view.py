@@ -85,11 +85,16 @@ def _serving(prediction: Prediction) -> Table:
             f"{_gib(prediction.kv.total_bytes)} at the full context of {prediction.context:,} tokens"
         )
     table = Table(box=None, pad_edge=False, header_style="bold", title=caption, title_justify="left")
-    table.add_column("GPUs for weights + one full context")
+    table.add_column("GPUs, at least")
     for memory in prediction.gpus_before:
         table.add_column(f"{memory} GB", justify="right")
-    table.add_row("before", *(str(count) for count in prediction.gpus_before.values()))
-    table.add_row("after", *(str(count) for count in prediction.gpus_after.values()))
+    for label, counts in (
+        ("weights before", prediction.gpus_weights_before),
+        ("weights after", prediction.gpus_weights_after),
+        ("with one full context, before", prediction.gpus_before),
+        ("with one full context, after", prediction.gpus_after),
+    ):
+        table.add_row(label, *map(str, counts.values()))
     return table
 
 

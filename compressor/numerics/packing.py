@@ -22,7 +22,8 @@ def pack_int32(values: torch.Tensor, bits: int, *, dim: int = 1) -> torch.Tensor
     if padding:
         codes = torch.nn.functional.pad(codes, (0, padding))
     as_bytes = pack_nibbles(codes) if bits == 4 else codes
-    return as_bytes.contiguous().view(torch.int32)
+    # flat: a single row may have a stride that cannot be viewed as words
+    return as_bytes.flatten().view(torch.int32).view(len(values), -1)
 
 
 def unpack_int32(words: torch.Tensor, bits: int, length: int, *, dim: int = 1) -> torch.Tensor:
@@ -30,6 +31,6 @@ def unpack_int32(words: torch.Tensor, bits: int, length: int, *, dim: int = 1) -
     assert bits in (4, 8), "only 4 and 8 bits are packed here"
     if dim == 0:
         return unpack_int32(words.T, bits, length).T
-    as_bytes = words.contiguous().view(torch.uint8)
+    as_bytes = words.flatten().view(torch.uint8).view(len(words), -1)
     codes = unpack_nibbles(as_bytes) if bits == 4 else as_bytes
     return (codes[:, :length].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)

@@ -116,7 +116,9 @@ def _claim(
     outputs = tuple(
         output
         for part in role.parts
-        for output in rule.scheme.outputs(part.module, part.out_features, part.in_features)
+        for output in rule.scheme.outputs(
+            part.module, part.out_features, part.in_features, dtype=header.dtype
+        )
     )
     return Claim(header, role, "quantize", rule.key, "", rule.scheme, rule.solver, outputs)
 

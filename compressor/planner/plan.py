@@ -102,6 +102,7 @@ def make_plan(
     # Only Hub sources have a revision: their shards are downloaded into the workspace.
     download = sum(header.nbytes for header in source.headers.values()) if source.revision else 0
     prediction = predict(claims, units, source.config, download)
+    _check_output(output, faults)
     if not planning:
         _check_disk(prediction, space, faults)
     if faults:
@@ -192,6 +193,22 @@ def _collect(faults: list[UserError], make: Callable[[], T]) -> T | None:
     except UserError as error:
         faults.append(error)
     return None
+
+
+def _check_output(output: Path, faults: list[UserError]) -> None:
+    """A path that no result can go to; whether a finished result may stay is the runner's question."""
+    if output.exists() and not output.is_dir():
+        faults.append(
+            UserError("the output path is a file", where=str(output), fix="choose another --output")
+        )
+    elif output.is_dir() and any(output.iterdir()) and not (output / "manifest.json").exists():
+        faults.append(
+            UserError(
+                "the output folder is not empty",
+                where=str(output),
+                fix="choose another --output, or move it away",
+            )
+        )
 
 
 def _check_disk(prediction: Prediction, space: Workspace, faults: list[UserError]) -> None:

@@ -18,10 +18,8 @@ GPU_USABLE = 0.9
 BASE_RSS_BYTES = 900 << 20
 # Peak of one solve over the fp32 bytes of its largest matrix, plus one unit read ahead (bench/README.md).
 SOLVE_COPIES = 4
-# Source bytes a second on two cores, by what is done with them (scripts/bench.py rates, rounded down).
+# Source bytes a second of a tensor that is copied (scripts/bench.py stream, rounded down).
 RATE_COPY = 400e6
-RATE_MINMAX = 100e6
-RATE_SEARCH = 25e6
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,8 @@ class Prediction:
     """Everything that the plan states in numbers; bytes are bytes, seconds are seconds.
 
     ``source_bytes`` counts the source in 16 bit; both bits-per-weight figures count scales
-    (``bits_per_weight`` over all parameters, ``bits_per_target_weight`` over those that rules quantize).
+    (``bits_per_weight`` over all parameters, ``bits_per_target_weight`` over those that rules quantize). GPU
+    counts are by memory size in GB: with one request at full context, and for the weights alone.
     """
 
     parameters: int
@@ -60,6 +59,8 @@ class Prediction:
     context: int | None
     gpus_before: dict[int, int]
     gpus_after: dict[int, int]
+    gpus_weights_before: dict[int, int]
+    gpus_weights_after: dict[int, int]
 
 
 def rule_rows(claims: Sequence[Claim]) -> list[RuleRow]:
@@ -116,13 +117,15 @@ def predict(
         context=context,
         gpus_before=gpus_needed(source_bytes, kv_full),
         gpus_after=gpus_needed(result_bytes, kv_full),
+        gpus_weights_before=gpus_needed(source_bytes, 0),
+        gpus_weights_after=gpus_needed(result_bytes, 0),
     )
 
 
 def gpus_needed(weight_bytes: int, kv_bytes_full: int) -> dict[int, int]:
-    """GPUs of each memory size (GB) that hold the weights and one request at full context.
+    """GPUs of each memory size (GB) that hold the weights and a KV cache of ``kv_bytes_full``.
 
-    A lower bound: weights and KV cache divided evenly, 90% of the memory usable.
+    A lower bound: both divided evenly, 90% of the memory usable.
     """
     needed = weight_bytes + kv_bytes_full
     return {memory: ceil(needed / (memory * 1e9 * GPU_USABLE)) for memory in GPU_MEMORY_GB}
@@ -148,5 +151,4 @@ def _peak_rss(units: Sequence[Unit]) -> int:
 def _seconds(claim: Claim) -> float:
     if claim.solver is None:
         return claim.tensor.nbytes / RATE_COPY
-    searched = getattr(claim.solver, "search", "full") == "full"
-    return claim.bytes_16bit / (RATE_SEARCH if searched else RATE_MINMAX)
+    return claim.bytes_16bit / claim.solver.bytes_per_s

@@ -184,7 +184,7 @@ class Quality(Record):
         perplexity: of both models.
         kl: of the result's predictions from the source's.
         top1_agreement: fraction of positions where both predict the same token.
-        tokens: scored tokens.
+        tokens: tokens of the text that both models read.
         context: tokens of one window.
         text: label of the text.
         tasks: lm-eval task -> metric -> figures; empty if none ran.

@@ -42,6 +42,11 @@ class Solver(BaseModel):
         """Whether the solver must see activations (then the weights stage is a walk, not a stream)."""
         return False
 
+    @property
+    def bytes_per_s(self) -> float:
+        """16-bit source bytes a second on two CPU cores: what the plan's time rests on."""
+        raise NotImplementedError
+
     def solve(self, weights_OI: Sequence[torch.Tensor], scheme: Scheme) -> list[Solved]:
         """Solves the matrices of one fuse group (usually one matrix); any float dtype, on any device.
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from compressor.schemes.base import Scheme
 
 
+_SEARCHED_BYTES_PER_S = 25e6
+_MINMAX_BYTES_PER_S = 100e6
+
+
 class Rtn(Solver):
     """Round to nearest, with scales found by ``search``: the best for the error, or of the range (faster).
 
@@ -23,6 +27,11 @@ class Rtn(Solver):
 
     kind: Literal["rtn"] = "rtn"
     search: Search = "full"
+
+    @property
+    def bytes_per_s(self) -> float:
+        """See ``Solver.bytes_per_s``; rates of ``scripts/bench.py stream``, rounded down."""
+        return _SEARCHED_BYTES_PER_S if self.search == "full" else _MINMAX_BYTES_PER_S
 
     def solve(self, weights_OI: Sequence[torch.Tensor], scheme: Scheme) -> list[Solved]:
         """See ``Solver.solve``."""
