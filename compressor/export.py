@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from compressor.errors import CheckpointError
+from compressor.errors import CheckpointError, UserError
 from compressor.report.card import write_card
 from compressor.report.html import write_html
 from compressor.report.manifest import MANIFEST_FILE, read_manifest
@@ -53,7 +53,10 @@ def export_folder(space: Workspace, target: Path, checkpoint: Path) -> Iterator[
     yield building
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
-        # Ours by check, or empty: an older failed result of this run, or a folder that the user made.
+        if any(target.iterdir()) and not (target / MANIFEST_FILE).is_file():
+            raise UserError(
+                "the folder is not empty and holds no result", where=str(target), fix="move it away"
+            )
         shutil.rmtree(target)
     try:
         building.rename(target)
@@ -66,8 +69,9 @@ def export_folder(space: Workspace, target: Path, checkpoint: Path) -> Iterator[
         shutil.rmtree(building)
 
 
-def publish_folder(folder: Path, report: Report) -> None:
-    """Writes report.json, report.html and the model card into ``folder``."""
+def describe(folder: Path, report: Report, recipe_yaml: str) -> None:
+    """Writes the resolved recipe, report.json, report.html and the model card into ``folder``."""
+    write_atomic(folder / "recipe.yaml", recipe_yaml.encode())
     write_atomic(folder / REPORT_FILE, report.to_json().encode())
     write_html(folder, report)
     write_card(folder, report)

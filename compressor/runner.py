@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from compressor.budget.gates import check_gates
+from compressor.checkpoint.safetensors_writer import shard_names
 from compressor.errors import GateError, UserError
 from compressor.evals.base import EvalResult
-from compressor.export import already_exported, export_folder, failed_folder, publish_folder
+from compressor.export import already_exported, describe, export_folder, failed_folder
 from compressor.meter import metered
 from compressor.planner.plan import Plan, stream_key
 from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
-from compressor.report.manifest import write_manifest
+from compressor.report.manifest import Manifest, write_manifest
 from compressor.report.model import Report, StageCost, load_report
 from compressor.stages.assemble import assemble
 from compressor.stages.evaluate import evaluate_stage, measure, reload
-from compressor.stages.stream import stream
+from compressor.stages.stream import shard_receipts, stream
 from compressor.summary import package_versions, summarize
 from compressor.workspace import file_sha256, stage_key
 
@@ -79,18 +80,22 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
         progress.warn(warning)
     recipe_yaml = dump_recipe(plan.loaded.recipe)
     with plan.workspace.locked():
+        replaceable = False
         for done in (plan.output, failed_folder(plan.output)):
-            if not fresh and already_exported(done, recipe_yaml, plan.source.fingerprint):
-                progress.log(f"{done} already holds this recipe's result")
-                return RunResult(done, load_report(done))
-        _refuse_foreign(plan.output)
-        stages = _stages(plan, recipe_yaml, progress)
+            if already_exported(done, recipe_yaml, plan.source.fingerprint):
+                if not fresh:
+                    progress.log(f"{done} already holds this recipe's result")
+                    return RunResult(done, load_report(done))
+                replaceable = replaceable or done == plan.output
+        if not replaceable:
+            _refuse_foreign(plan.output)
+        stages = _stages(plan, progress)
         costs = []
         for stage in stages:
             if fresh:
                 plan.workspace.discard(stage.name, stage.key)
             costs.append(_resume_or_execute(plan, stage, progress))
-        return _export(plan, stages, costs, progress)
+        return _export(plan, recipe_yaml, stages, costs, progress)
 
 
 def evaluate_again(plan: Plan, progress: Progress) -> EvalResult:
@@ -107,10 +112,10 @@ def evaluate_again(plan: Plan, progress: Progress) -> EvalResult:
     return measure(plan.source, plan.output, result, plan.evaluation, progress)
 
 
-def _stages(plan: Plan, recipe_yaml: str, progress: Progress) -> list[_Stage]:
+def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     space = plan.workspace
     first = stream_key(plan)
-    second = stage_key("assemble", ASSEMBLE_VERSION, {"recipe": recipe_yaml}, [first])
+    second = stage_key("assemble", ASSEMBLE_VERSION, {}, [first])
     streamed, checkpoint = space.artefact("stream", first), space.artefact("assemble", second)
     spec = plan.evaluation
     measured = asdict(spec) | {"text": file_sha256(spec.text)} if spec else {}
@@ -120,7 +125,7 @@ def _stages(plan: Plan, recipe_yaml: str, progress: Progress) -> list[_Stage]:
         return {"resumed": stream(plan.source, plan.shards, folder, progress)}
 
     def run_assemble(folder: Path) -> Mapping[str, Any]:
-        assemble(plan.source, plan.shards, streamed, folder, recipe_yaml)
+        assemble(plan.source, plan.shards, streamed, folder)
         return {}
 
     def run_evaluate(folder: Path) -> Mapping[str, Any]:
@@ -153,7 +158,9 @@ def _resume_or_execute(plan: Plan, stage: _Stage, progress: Progress) -> StageCo
     return StageCost.model_validate(cost)
 
 
-def _export(plan: Plan, stages: list[_Stage], costs: list[StageCost], progress: Progress) -> RunResult:
+def _export(
+    plan: Plan, recipe_yaml: str, stages: list[_Stage], costs: list[StageCost], progress: Progress
+) -> RunResult:
     """Adds report, page, card and manifest to the checkpoint, and lets the output folder appear."""
     space = plan.workspace
     artefacts = {stage.name: space.artefact(stage.name, stage.key) for stage in stages}
@@ -165,16 +172,30 @@ def _export(plan: Plan, stages: list[_Stage], costs: list[StageCost], progress: 
         plan, artefacts["stream"], artefacts["assemble"], facts["evaluation"], gates, costs, result_folder
     )
     with export_folder(space, result_folder, artefacts["assemble"]) as folder:
-        publish_folder(folder, report)
-        write_manifest(
+        describe(folder, report, recipe_yaml)
+        manifest = write_manifest(
             folder,
             source=plan.source,
             versions=package_versions(),
             seed=plan.loaded.recipe.seed,
             progress=progress,
         )
+        _check_shards(plan, stages, manifest, artefacts["stream"])
     progress.log(f"exported to {result_folder}")
     return RunResult(result_folder, report)
+
+
+def _check_shards(plan: Plan, stages: list[_Stage], manifest: Manifest, streamed: Path) -> None:
+    """Compares what is about to be exported with what was hashed when it was written."""
+    for name, receipt in zip(shard_names(len(plan.shards)), shard_receipts(streamed), strict=True):
+        if manifest.files[name].sha256 != receipt["sha256"]:
+            for stage in stages:
+                plan.workspace.discard(stage.name, stage.key)
+            raise UserError(
+                "a shard in the workspace has changed since it was written (a failing disk, or an edit)",
+                where=name,
+                fix="run again: the stage will be done anew",
+            )
 
 
 def _refuse_foreign(output: Path) -> None:

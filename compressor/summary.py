@@ -90,7 +90,7 @@ def summarize(
             schemes={label: _scheme_bytes(claims) for label, claims in schemes.items()},
             left_16bit=_kept(plan.claims),
         ),
-        weights=_weight_errors(streamed, len(plan.shards)),
+        weights=_weight_errors(streamed),
         quality=_quality(plan, evaluation, output) if evaluation else None,
         gates=tuple(
             Gate(metric=gate.metric, max_increase=gate.max_increase, value=gate.value, passed=gate.passed)
@@ -197,10 +197,10 @@ def _kept(claims: Sequence[Claim]) -> tuple[Kept, ...]:
     return tuple(sorted(kept, key=lambda row: -row.bytes))
 
 
-def _weight_errors(streamed: Path, shard_count: int) -> WeightFacts:
+def _weight_errors(streamed: Path) -> WeightFacts:
     """Errors from the shard receipts, by scheme."""
     grouped: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for receipt in shard_receipts(streamed, shard_count):
+    for receipt in shard_receipts(streamed):
         for error in receipt["errors"]:
             grouped[error["scheme"]].append(error)
     found = {}

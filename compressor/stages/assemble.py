@@ -15,11 +15,11 @@ from compressor.errors import CheckpointError
 from compressor.model.names import module_of
 from compressor.schemes.base import Scheme
 from compressor.stages.base import Claim, Shard
-from compressor.workspace import write_atomic, write_json
+from compressor.workspace import write_json
 
 
-def assemble(source: Source, shards: Sequence[Shard], streamed: Path, folder: Path, recipe_yaml: str) -> None:
-    """Writes a complete checkpoint into ``folder``: shards (linked), index, config, side files, recipe.
+def assemble(source: Source, shards: Sequence[Shard], streamed: Path, folder: Path) -> None:
+    """Writes a complete checkpoint into ``folder``: shards (linked), index, config, side files.
 
     Raises:
         CheckpointError: the shards do not hold exactly what was claimed.
@@ -39,7 +39,6 @@ def assemble(source: Source, shards: Sequence[Shard], streamed: Path, folder: Pa
     source.write_side_files(folder)
     claims = [claim for shard in shards for unit in shard.units for claim in unit.claims]
     write_json(folder / "config.json", _config(source, claims))
-    write_atomic(folder / "recipe.yaml", recipe_yaml.encode())
 
 
 def check_outputs(shards: Sequence[Shard], files: Sequence[Path]) -> None:

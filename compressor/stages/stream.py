@@ -76,10 +76,9 @@ def stream(source: Source, shards: Sequence[Shard], folder: Path, progress: Prog
     return any(finished)
 
 
-def shard_receipts(folder: Path, count: int) -> list[dict[str, Any]]:
-    """The receipts of a finished stage's shards."""
-    receipts = [shard_receipt(folder, name) for name in shard_names(count)]
-    return [receipt for receipt in receipts if receipt is not None]
+def shard_receipts(folder: Path) -> list[dict[str, Any]]:
+    """The receipts of a finished stage's shards, in order."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.safetensors.json"))]
 
 
 def shard_receipt(folder: Path, name: str) -> dict[str, Any] | None:

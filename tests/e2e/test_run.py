@@ -129,7 +129,30 @@ def test_changed_evaluation_reuses_the_weights(tmp_path: Path, source: Path, tex
     recipe = write_recipe(tmp_path / "other.yaml", source, "{scheme: int8}", rest)
     second = compressor.run(recipe, output=tmp_path / "out" / "other")
     resumed = {stage.name: stage.resumed for stage in second.report.stages}
-    assert resumed == {"stream": True, "assemble": False, "evaluate": False}
+    assert resumed == {"stream": True, "assemble": True, "evaluate": False}
+
+
+def test_changed_shard_in_the_workspace_is_noticed(tmp_path: Path, source: Path) -> None:
+    """A flipped byte stops the export; the next run does the stage anew and succeeds."""
+    first = _run(tmp_path, source, "{scheme: int8}")
+    expected = content(first.output)
+    shutil.rmtree(first.output)
+    (shard,) = (tmp_path / "out" / ".compress-workspace" / "stages").glob("stream-*/model.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="has changed"):
+        _run(tmp_path, source, "{scheme: int8}")
+    assert not first.output.exists()
+    assert content(_run(tmp_path, source, "{scheme: int8}").output) == expected
+
+
+def test_fresh_does_everything_again(tmp_path: Path, source: Path) -> None:
+    """--fresh replaces the finished result by the same bytes, made anew."""
+    first = _run(tmp_path, source, "{scheme: int8}")
+    again = compressor.run(tmp_path / "recipe.yaml", output=first.output, fresh=True)
+    assert not any(stage.resumed for stage in again.report.stages)
+    assert content(again.output) == content(first.output)
 
 
 def test_foreign_output_folder_is_refused_and_untouched(tmp_path: Path, source: Path) -> None:
