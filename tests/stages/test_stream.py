@@ -1,0 +1,118 @@
+"""The stream on its own: resume by shard, reading each tensor once, faults in the reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor.checkpoint.folder import FolderSource
+from compressor.checkpoint.safetensors_writer import shard_names
+from compressor.errors import CheckpointError
+from compressor.model.families import family_for
+from compressor.planner.claims import claim_tensors
+from compressor.planner.layout import group_units, pack_shards
+from compressor.progress import Silent
+from compressor.recipe.model import WeightsSection
+from compressor.stages.assemble import check_outputs
+from compressor.stages.base import Shard
+from compressor.stages.stream import shard_receipts, stream
+from compressor.workspace import file_sha256
+from tests.tiny import tiny_llama, tiny_llama4
+
+
+class _Counting:
+    """A source that counts its reads, and may break at one of them."""
+
+    def __init__(self, source: FolderSource, breaks_at: str = "") -> None:
+        self._source = source
+        self.breaks_at = breaks_at
+        self.reads: list[tuple[str, int | None]] = []
+
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        self.reads.append((name, index))
+        if name == self.breaks_at:
+            raise CheckpointError("gone", where=name)
+        return self._source.read(name, index)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+def _shards(source: FolderSource, limit: int) -> list[Shard]:
+    weights = WeightsSection.model_validate({"scheme": "nvfp4a16"})
+    claims = claim_tensors(source.headers, source.config, family_for(source.config), weights)
+    return pack_shards(group_units(claims), limit)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> FolderSource:
+    """A random Llama."""
+    folder = tmp_path_factory.mktemp("stream") / "model"
+    tiny_llama(folder, layers=3)
+    return FolderSource(folder)
+
+
+def test_each_tensor_is_read_once(source: FolderSource, tmp_path: Path) -> None:
+    """Nothing is read twice, and what is written is what was claimed."""
+    shards = _shards(source, 30_000)
+    counting = _Counting(source)
+    stream(counting, shards, tmp_path, Silent())
+    assert sorted(name for name, _ in counting.reads) == sorted(source.headers)
+    check_outputs(shards, [tmp_path / name for name in shard_names(len(shards))])
+
+
+def test_broken_read_leaves_finished_shards(source: FolderSource, tmp_path: Path) -> None:
+    """After a fault the next run reads only what is missing and ends with the same bytes."""
+    shards = _shards(source, 30_000)
+    names = shard_names(len(shards))
+    assert len(shards) > 3
+    last = shards[-1].units[-1].claims[-1].tensor.name
+    with pytest.raises(CheckpointError, match="gone"):
+        stream(_Counting(source, breaks_at=last), shards, tmp_path, Silent())
+    assert len(shard_receipts(tmp_path)) == len(shards) - 1
+    assert not (tmp_path / names[-1]).exists()
+    counting = _Counting(source)
+    assert stream(counting, shards, tmp_path, Silent())
+    wanted = {claim.tensor.name for unit in shards[-1].units for claim in unit.claims}
+    assert {name for name, _ in counting.reads} == wanted
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    stream(source, shards, whole, Silent())
+    assert [file_sha256(tmp_path / name) for name in names] == [file_sha256(whole / name) for name in names]
+
+
+def test_receipts_hold_hash_and_errors(source: FolderSource, tmp_path: Path) -> None:
+    """Each receipt names its shard's hash; together they hold one error a matrix."""
+    shards = _shards(source, 10**9)
+    stream(source, shards, tmp_path, Silent())
+    (receipt,) = shard_receipts(tmp_path)
+    assert receipt["sha256"] == file_sha256(tmp_path / "model.safetensors")
+    assert len(receipt["errors"]) == 3 * 7
+    assert all(0 < error["squared_error"] < error["squared_norm"] for error in receipt["errors"])
+
+
+def test_experts_are_read_one_by_one(tmp_path: Path) -> None:
+    """A fused expert tensor is never read whole: memory stays that of one expert."""
+    folder = tmp_path / "llama4"
+    tiny_llama4(folder)
+    source = FolderSource(folder)
+    counting = _Counting(source)
+    out = tmp_path / "out"
+    out.mkdir()
+    stream(counting, _shards(source, 10**9), out, Silent())
+    fused = [(name, index) for name, index in counting.reads if ".experts." in name]
+    assert fused
+    assert all(index is not None for _, index in fused)
+    assert len(fused) == len(set(fused))
+
+
+def test_unclaimed_or_missing_outputs_are_noticed(source: FolderSource, tmp_path: Path) -> None:
+    """A shard that lacks a claimed tensor, or holds another, is refused before anything is exported."""
+    one = _shards(source, 10**9)
+    many = _shards(source, 30_000)
+    stream(source, one, tmp_path, Silent())
+    with pytest.raises(CheckpointError, match="not as the plan claimed"):
+        check_outputs(many[:1], [tmp_path / "model.safetensors"])
