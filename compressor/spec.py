@@ -74,6 +74,22 @@ class LinearPart:
     fuse_group: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class InputNorm:
+    """The RMS norm whose output a linear layer reads.
+
+    Its output has a second moment of about ``(weight + offset)^2`` per channel whatever the text, so that is
+    how much an error in this input channel counts.
+
+    Attributes:
+        tensor: name of the norm's weight, ``[in_features]``.
+        offset: added to the weight by the model (Gemma's norms store it less one).
+    """
+
+    tensor: str
+    offset: float = 0.0
+
+
 RoleKind = Literal["linear", "embedding", "lm_head", "other"]
 
 
@@ -86,8 +102,10 @@ class Role:
             says so; ``other`` (norms, biases, routers, convolutions, vision towers) never.
         parts: the weight matrices inside (empty for ``other``).
         reason: why the tensor stays in 16 bit by default, as the plan prints it; empty for ``linear``.
+        input_norm: the norm that feeds these matrices, where there is one right before them.
     """
 
     kind: RoleKind
     parts: tuple[LinearPart, ...] = ()
     reason: str = ""
+    input_norm: InputNorm | None = None

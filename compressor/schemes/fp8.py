@@ -23,8 +23,9 @@ BLOCK = 128
 class _Fp8(GroupedScheme):
     """What both have in common.
 
-    The full search tries scales over one octave: E4M3 is a floating-point format, so that more shift the
-    weights by a power of two only. Between 3 and 15 percent less squared error than min-max was measured.
+    The full search tries scales over one octave: E4M3 is a floating-point format, and a further octave only
+    shifts the exponents. From 2 percent (rows of 16,384) to 13 percent (rows of 576) less squared error than
+    min-max was measured.
     """
 
     def ct_scheme(self, targets: list[str]) -> QuantizationScheme:
@@ -42,7 +43,7 @@ class _Fp8(GroupedScheme):
         return E4M3
 
     def _ratios(self) -> Ratios:
-        return Ratios(ratios_between(1.0, 2.0, 32))
+        return Ratios(ratios_between(1.0, 2.0, 16))
 
 
 class Fp8Dynamic(_Fp8):

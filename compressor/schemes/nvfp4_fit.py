@@ -44,7 +44,8 @@ def fit_full(weights_OI: Sequence[torch.Tensor], importance_I: torch.Tensor | No
     6.2444e-3 for 256 * 6 / max), and makes every decoded weight exact in fp32 and in bf16: all engines
     compute with the same numbers.
     """
-    shared = tensor_scale(max(float(weight_OI.abs().amax()) for weight_OI in weights_OI))
+    ends = [float(end) for weight_OI in weights_OI for end in weight_OI.aminmax()]
+    shared = tensor_scale(max(abs(end) for end in ends))
     return [_search(weight_OI, shared, importance_I) for weight_OI in weights_OI]
 
 

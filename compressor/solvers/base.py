@@ -47,8 +47,13 @@ class Solver(BaseModel):
         """16-bit source bytes a second on two CPU cores: what the plan's time rests on."""
         raise NotImplementedError
 
-    def solve(self, weights_OI: Sequence[torch.Tensor], scheme: Scheme) -> list[Solved]:
+    def solve(
+        self, weights_OI: Sequence[torch.Tensor], scheme: Scheme, importance_I: torch.Tensor | None = None
+    ) -> list[Solved]:
         """Solves the matrices of one fuse group (usually one matrix); any float dtype, on any device.
+
+        ``importance_I``: positive weight of each input channel in the error, as far as it is known without
+        data; a solver may leave it aside.
 
         Raises:
             CheckpointError: a weight is NaN or infinite.

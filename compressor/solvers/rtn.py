@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from compressor.errors import CheckpointError
 from compressor.schemes.base import Search
 from compressor.solvers.base import Solved, Solver
@@ -19,21 +21,39 @@ _SEARCHED_BYTES_PER_S = 25e6
 _MINMAX_BYTES_PER_S = 100e6
 
 
+# Values whose squares are summed at once: a cacheful, in one thread.
+SQUARES_VALUES = 1 << 15
+
+
 class Rtn(Solver):
     """Round to nearest, with scales found by ``search``: the best for the error, or of the range (faster).
 
-    Extra memory: the decoded matrix in fp32 and temporaries of one chunk of rows, below 200 MB each.
+    A norm's output has a second moment of about its squared weight in each channel, whatever the text: that
+    is the diagonal of the Hessian that calibration would measure, as far as it is known without data.
+
+    Extra memory: the result, the decoded matrix in fp32 and temporaries of one chunk of rows; 350 to 410 MB
+    were measured for a matrix of 5120 x 8192, whose fp32 copy has 168 MB.
     """
 
     kind: Literal["rtn"] = "rtn"
-    search: Search = "full"
+    search: Search = Field(
+        default="full",
+        description="full: scales of least error among those that the format stores; minmax: of the range.",
+    )
+    importance: Literal["norm", "none"] = Field(
+        default="norm",
+        description="norm: errors in an input channel count by the squared weight of the norm before the "
+        "layer, where there is one; none: all count alike. Only for search full.",
+    )
 
     @property
     def bytes_per_s(self) -> float:
         """See ``Solver.bytes_per_s``; rates of ``scripts/bench.py stream``, rounded down."""
         return _SEARCHED_BYTES_PER_S if self.search == "full" else _MINMAX_BYTES_PER_S
 
-    def solve(self, weights_OI: Sequence[torch.Tensor], scheme: Scheme) -> list[Solved]:
+    def solve(
+        self, weights_OI: Sequence[torch.Tensor], scheme: Scheme, importance_I: torch.Tensor | None = None
+    ) -> list[Solved]:
         """See ``Solver.solve``."""
         import torch
 
@@ -41,7 +61,9 @@ class Rtn(Solver):
         narrow = [w.float() if w.dtype == torch.float64 else w for w in weights_OI]
         for weight_OI in narrow:
             _check_finite(weight_OI)
-        fitted = scheme.fit(narrow, search=self.search)
+        if self.importance == "none":
+            importance_I = None
+        fitted = scheme.fit(narrow, search=self.search, importance_I=importance_I)
         solved = []
         for weight_OI, scales in zip(narrow, fitted, strict=True):
             tensors = scheme.encode(weight_OI, scales)
@@ -62,13 +84,14 @@ def _check_finite(weight_OI: torch.Tensor) -> None:
 
 
 def _squares(weight_OI: torch.Tensor, decoded_OI: torch.Tensor) -> tuple[float, float]:
-    """Sums of (decoded - weight)^2 and of weight^2 in fp64; overwrites ``decoded_OI``."""
+    """Sums of (decoded - weight)^2 and of weight^2 in fp64, a cacheful of rows at a time."""
     import torch
 
     error = norm = 0.0
-    decoded_OI -= weight_OI
-    for rows in range(0, weight_OI.shape[0], 1024):
-        part = slice(rows, rows + 1024)
-        error += float(torch.linalg.vector_norm(decoded_OI[part], dtype=torch.float64) ** 2)
-        norm += float(torch.linalg.vector_norm(weight_OI[part], dtype=torch.float64) ** 2)
+    step = max(SQUARES_VALUES // weight_OI.shape[1], 1)
+    for start in range(0, weight_OI.shape[0], step):
+        weight = weight_OI[start : start + step].double().flatten()
+        miss = decoded_OI[start : start + step].double().flatten() - weight
+        norm += float(torch.dot(weight, weight))
+        error += float(torch.dot(miss, miss))
     return error, norm

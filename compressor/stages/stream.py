@@ -25,6 +25,8 @@ from compressor.workspace import file_sha256, write_json
 if TYPE_CHECKING:
     import torch
 
+_LEAST_IMPORTANCE = 1e-3
+
 
 @dataclass(frozen=True)
 class PartError:
@@ -101,7 +103,7 @@ def _write_shard(source: Source, shard: Shard, path: Path, progress: Progress) -
     with ShardWriter(path, outputs) as writer:
         for job, tensors in _read_ahead(source, jobs):
             if job.parts:
-                errors += _solve(job, tensors, writer)
+                errors += _solve(job, tensors, _importance(source, job), writer)
             else:
                 for claim, tensor in zip(job.claims, tensors, strict=True):
                     _write_copy(claim, tensor, writer)
@@ -147,12 +149,27 @@ def _read_ahead(source: Source, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, li
             yield job, tensors
 
 
-def _solve(job: _Job, weights_OI: list[torch.Tensor], writer: ShardWriter) -> list[PartError]:
+def _importance(source: Source, job: _Job) -> torch.Tensor | None:
+    """fp32 [in_features]: how much each input channel counts, where the norm before the layer tells it."""
+    norm = job.claims[0].role.input_norm
+    if norm is None or norm.tensor not in source.headers:
+        return None
+    moment_I = (source.read(norm.tensor).float() + norm.offset) ** 2
+    largest = float(moment_I.max())
+    if not 0.0 < largest < float("inf") or len(moment_I) != job.parts[0][1].in_features:
+        return None
+    # Channels that the norm all but closes still count a little: the text may open them.
+    return moment_I.clamp(min=_LEAST_IMPORTANCE * largest)
+
+
+def _solve(
+    job: _Job, weights_OI: list[torch.Tensor], importance_I: torch.Tensor | None, writer: ShardWriter
+) -> list[PartError]:
     scheme, solver = job.claims[0].scheme, job.claims[0].solver
     assert scheme is not None
     assert solver is not None
     try:
-        solved = solver.solve(weights_OI, scheme)
+        solved = solver.solve(weights_OI, scheme, importance_I)
     except CheckpointError as error:
         names = ", ".join(part.module for _, part in job.parts)
         raise CheckpointError(error.what, where=names, fix=error.fix) from error

@@ -44,7 +44,8 @@ def matrices() -> dict[str, torch.Tensor]:
         "fp32": torch.randn(128, 128, generator=generator),
         "transposed": torch.randn(128, 136, generator=generator).bfloat16().T,
         "tiny": (torch.randn(128, 128, generator=generator) * 1e-38).bfloat16(),
-        "huge": (torch.randn(128, 128, generator=generator) * 1e38).clamp(-3e38, 3e38).bfloat16(),
+        "huge": (torch.randn(128, 128, generator=generator) * 1e36).bfloat16(),
+        "largest": (torch.randn(128, 128, generator=generator) * 1e38).clamp(-3.3e38, 3.3e38).bfloat16(),
         "zero": torch.zeros(128, 128, dtype=torch.bfloat16),
     }
 

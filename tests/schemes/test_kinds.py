@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -94,16 +95,15 @@ def test_options() -> None:
 )
 def test_faults(value: Any, message: str) -> None:
     """Each says what is wrong and what there is."""
-    with pytest.raises(ValueError, match="") as caught:
+    with pytest.raises(ValueError, match=re.escape(message)):
         parse_scheme(value)
-    assert message in str(caught.value)
 
 
 def test_solver_faults() -> None:
     """Calibrated solvers are named as such."""
-    with pytest.raises(ValueError, match="solver 'gptq' needs calibration.*use rtn"):
+    with pytest.raises(ValueError, match=r"solver 'gptq' needs calibration.*use rtn"):
         parse_solver("gptq")
-    with pytest.raises(ValueError, match="unknown solver 'rnt'; did you mean 'rtn'"):
+    with pytest.raises(ValueError, match=r"unknown solver 'rnt'; did you mean 'rtn'\?"):
         parse_solver("rnt")
 
 

@@ -35,8 +35,8 @@ def test_never_worse_than_min_max(scheme: Scheme, name: str) -> None:
 
 
 # Relative squared error of the search over that of min-max on normal weights, and a margin.
-GAINS = {"NVFP4A16": 0.74, "MXFP4A16": 0.998, "FP8_DYNAMIC": 0.8, "FP8_BLOCK": 0.985, "W4A16 g128": 0.84}
-GAINS |= {"W4A16 g32": 0.84, "W4A16_ASYM g128": 0.9, "W8A16": 0.97, "W8A16 g128": 0.93, "W8A8": 0.97}
+GAINS = {"NVFP4A16": 0.74, "MXFP4A16": 0.998, "FP8_DYNAMIC": 0.86, "FP8_BLOCK": 0.985, "W4A16 g128": 0.84}
+GAINS |= {"W4A16 g32": 0.84, "W4A16_ASYM g128": 0.9, "W8A16": 0.97, "W8A16 g128": 0.95, "W8A8": 0.97}
 
 
 @pytest.mark.parametrize("label", GAINS)
@@ -56,9 +56,8 @@ def test_importance_is_what_is_minimised(scheme: Scheme) -> None:
     plain = scheme.fit([weight], search="full")[0]
     weighted = scheme.fit([weight], search="full", importance_I=importance)[0]
     bound = _error(scheme, weight, plain, importance)
-    assert _error(scheme, weight, weighted, importance) < bound * (
-        1.0 if scheme.label[:3] != "MXF" else 1.000001
-    )
+    coarse = scheme.label.startswith(("MXFP4", "FP8_BLOCK"))  # too few choices to gain for certain
+    assert _error(scheme, weight, weighted, importance) <= bound * (1 + 1e-6 if coarse else 0.999)
 
 
 @ALL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from compressor.planner.claims import claim_tensors
 from compressor.planner.layout import group_units, pack_shards
 from compressor.progress import Silent
 from compressor.recipe.model import WeightsSection
+from compressor.solvers.base import Solved
+from compressor.solvers.rtn import Rtn
 from compressor.stages.assemble import check_outputs
-from compressor.stages.base import Shard
+from compressor.stages.base import Shard, Unit
 from compressor.stages.stream import shard_receipts, stream
 from compressor.workspace import file_sha256
 from tests.tiny import tiny_llama, tiny_llama4
@@ -56,11 +59,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> FolderSource:
 
 
 def test_each_tensor_is_read_once(source: FolderSource, tmp_path: Path) -> None:
-    """Nothing is read twice, and what is written is what was claimed."""
+    """No matrix is read twice (norms also tell channels' importance), and what is written was claimed."""
     shards = _shards(source, 30_000)
     counting = _Counting(source)
     stream(counting, shards, tmp_path, Silent())
-    assert sorted(name for name, _ in counting.reads) == sorted(source.headers)
+    matrices = [name for name, _ in counting.reads if "norm" not in name]
+    assert sorted(matrices) == sorted(name for name in source.headers if "norm" not in name)
+    assert {name for name, _ in counting.reads} == set(source.headers)
     check_outputs(shards, [tmp_path / name for name in shard_names(len(shards))])
 
 
@@ -77,7 +82,9 @@ def test_broken_read_leaves_finished_shards(source: FolderSource, tmp_path: Path
     counting = _Counting(source)
     assert stream(counting, shards, tmp_path, Silent())
     wanted = {claim.tensor.name for unit in shards[-1].units for claim in unit.claims}
-    assert {name for name, _ in counting.reads} == wanted
+    assert {name for name, _ in counting.reads if "norm" not in name} == {
+        name for name in wanted if "norm" not in name
+    }
     whole = tmp_path / "whole"
     whole.mkdir()
     stream(source, shards, whole, Silent())
@@ -116,3 +123,38 @@ def test_unclaimed_or_missing_outputs_are_noticed(source: FolderSource, tmp_path
     stream(source, one, tmp_path, Silent())
     with pytest.raises(CheckpointError, match="not as the plan claimed"):
         check_outputs(many[:1], [tmp_path / "model.safetensors"])
+
+
+def test_importance_is_the_norms_squared_weight(tmp_path: Path) -> None:
+    """q/k/v and gate/up see their norm, o and down nothing; a norm with one open channel protects it."""
+    folder = tmp_path / "model"
+    tiny_llama(folder, layers=1)
+    source = FolderSource(folder)
+    seen: dict[str, torch.Tensor | None] = {}
+
+    class Watching(Rtn):
+        def solve(
+            self, weights_OI: Any, scheme: Any, importance_I: torch.Tensor | None = None
+        ) -> list[Solved]:
+            seen[str(tuple(weights_OI[0].shape)) + str(len(weights_OI))] = importance_I
+            return super().solve(weights_OI, scheme, importance_I)
+
+    shards = _shards(source, 10**9)
+    watching = [
+        Shard(
+            tuple(
+                Unit(tuple(replace(c, solver=Watching() if c.solver else None) for c in unit.claims))
+                for unit in shard.units
+            )
+        )
+        for shard in shards
+    ]
+    stream(source, watching, tmp_path, Silent())
+    given = {key: value for key, value in seen.items() if value is not None}
+    assert len(given) == 2
+    norms = [
+        source.read(f"model.layers.0.{n}.weight").float() ** 2
+        for n in ("input_layernorm", "post_attention_layernorm")
+    ]
+    for value in given.values():
+        assert any(torch.equal(value, norm.clamp(min=1e-3 * float(norm.max()))) for norm in norms)

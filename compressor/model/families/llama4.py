@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from compressor.model.families.naming import common_role, whole
-from compressor.spec import LinearPart, Role, TensorHeader
+from compressor.model.families.naming import common_role, input_norm, whole
+from compressor.spec import InputNorm, LinearPart, Role, TensorHeader
 
 _LINEAR = re.compile(
     r"(?:^|\.)layers\.\d+\."
@@ -39,12 +39,17 @@ class Llama4Family:
         experts = _EXPERTS.match(header.name)
         if experts and len(header.shape) == 3:
             split = _gate_up if experts["kind"] == "gate_up" else _down
-            return Role("linear", split(header, experts["experts"]))
+            return Role("linear", split(header, experts["experts"]), input_norm=_input_norm(header.name))
         if _LINEAR.search(header.name) and len(header.shape) == 2:
-            return Role("linear", (whole(header, header.name.removesuffix(".weight")),))
+            part = whole(header, header.name.removesuffix(".weight"))
+            return Role("linear", (part,), input_norm=_input_norm(header.name))
         if header.name.endswith(".router.weight"):
             return Role("other", reason="router")
         return Role("other", reason="not a projection of attention, MLP or experts")
+
+
+def _input_norm(name: str) -> InputNorm | None:
+    return input_norm(name, "input_layernorm", "post_attention_layernorm", 0.0)
 
 
 def _gate_up(header: TensorHeader, experts: str) -> tuple[LinearPart, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from compressor.spec import FLOAT_DTYPES, LinearPart, Role, TensorHeader
+from compressor.spec import FLOAT_DTYPES, InputNorm, LinearPart, Role, TensorHeader
 
 # Keys under which multimodal configs nest their language model.
 _TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -33,6 +33,10 @@ _TOWER = re.compile(
     r"(^|[._])(vision|visual|vit|image|audio|speech|sound|multi_modal|multimodal|mm_projector|connector)([._]|$)"
 )
 _DRAFT = re.compile(r"(^|\.)(mtp|mtp_layers|mtp_block|nextn)\.")
+_FED_BY_NORM = re.compile(
+    r"(?P<layer>(?:.*\.)?layers\.\d+)\.(?:(?P<attention>self_attn\.(?:q|k|v|qkv)_proj)"
+    r"|(?:mlp|feed_forward)\.(?:shared_expert\.|experts\.(?:\d+\.)?)?(?:gate|up|gate_up)_proj)(?:\.weight)?$"
+)
 _BLOCK = re.compile(r"(?:^|\.)[A-Za-z_]\w*\.(\d+)\.")
 
 
@@ -99,3 +103,12 @@ def _vector_reason(name: str) -> str:
     if name.endswith("bias"):
         return "bias"
     return "norm" if "norm" in name or re.search(r"(^|\.)ln_", name) else "vector or scalar"
+
+
+def input_norm(name: str, attention: str, mlp: str, offset: float) -> InputNorm | None:
+    """The norm that feeds the tensor ``name``: one leaf for q/k/v, another for gate/up, none for the rest."""
+    found = _FED_BY_NORM.match(name)
+    if found is None:
+        return None
+    leaf = attention if found["attention"] else mlp
+    return InputNorm(f"{found['layer']}.{leaf}.weight", offset)
