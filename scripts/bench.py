@@ -62,8 +62,13 @@ def _measured(command: Sequence[str], **environment: str) -> dict[str, Any]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise SystemExit(f"failed ({process.returncode}): {' '.join(command)}")
-    # Linux counts ru_maxrss in KiB.
-    return {"wall_s": time.monotonic() - started, "peak_rss_bytes": usage.ru_maxrss * 1024, "stdout": text}
+    return {
+        "wall_s": time.monotonic() - started,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        # Linux counts ru_maxrss in KiB.
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "stdout": text,
+    }
 
 
 def _compress(*arguments: str) -> dict[str, Any]:
@@ -100,7 +105,11 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     makers: dict[str, Callable[[Path], dict[str, Any]]] = {
         f"compressor, {search}": _our_maker(source, search) for search in ("full", "minmax")
     }
-    makers |= {name: _peer_maker(source, observer) for name, observer in PEER_SETTINGS.items()}
+    makers |= {
+        name: _peer_maker(source, observer)
+        for name, observer in PEER_SETTINGS.items()
+        if options.only is None or any(word in name for word in options.only)
+    }
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in makers}
     for _ in range(options.rounds):
         for name, make in makers.items():
@@ -113,6 +122,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         rows[name] = {
             "quantize_s": _spread([run["quantize_s"] for run in made]),
             "process_s": _spread([run["wall_s"] for run in made]),
+            "process_cpu_s": _spread([run["cpu_s"] for run in made]),
             "peak_rss_bytes": max(run["peak_rss_bytes"] for run in made),
             "bytes": _tensor_bytes(target),
             **_evaluate(target, source, options.text, options.tokens),
@@ -156,13 +166,14 @@ def _tensor_bytes(folder: Path) -> int:
 
 
 def _quality_table(rows: dict[str, dict[str, Any]]) -> None:
-    print("| NVFP4A16 | seconds (quantize + save) | tensor MB | perplexity | increase | mean KL |")
-    print("|---|---|---|---|---|---|")
+    print("| NVFP4A16 | quantize + save, s | process, CPU s | tensor MB | perplexity | increase | mean KL |")
+    print("|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         perplexity = row["perplexity"]
         increase = perplexity["result"] / perplexity["source"] - 1
         print(
-            f"| {name} | {row['quantize_s']['median']:.1f} | {row['bytes'] / 1e6:.1f} "
+            f"| {name} | {row['quantize_s']['median']:.1f} | {row['process_cpu_s']['median']:.0f} "
+            f"| {row['bytes'] / 1e6:.1f} "
             f"| {perplexity['result']:.3f} | {increase:+.1%} | {row['kl']['mean']:.4f} |"
         )
 
@@ -346,6 +357,9 @@ def main() -> None:
     parser.add_argument("--model", help="quality: a local bf16 folder instead of SmolLM2")
     parser.add_argument("--text", default="calibration/heldout.jsonl", help="quality: text to measure on")
     parser.add_argument("--tokens", type=int, default=65536, help="quality: tokens to measure on")
+    parser.add_argument(
+        "--only", nargs="+", help="quality: peer settings whose names hold one of these words"
+    )
     parser.add_argument("--gigabytes", type=float, default=1.0, help="stream: size of the synthetic source")
     parser.add_argument("--search", nargs="+", default=["minmax", "full"], help="stream: searches to time")
     options = parser.parse_args()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from compressor.checkpoint.folder import FolderSource
+from compressor.checkpoint.gguf import GgufSource
 from compressor.errors import CheckpointError
 from compressor.model.families.llama4 import Llama4Family
 from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer, set_dtype
@@ -124,37 +125,31 @@ def test_source_loads_in_the_dtype_asked_for(tmp_path: Path) -> None:
     assert not model.training
 
 
-@dataclass
-class _GgufSource:
-    """As much of a GGUF source as loading asks for."""
-
-    folder: Path
-    label: str = "model.gguf"
-
-    def model_dir(self) -> Path:
-        return self.folder
-
-    def gguf_file(self) -> str:
-        return self.label
-
-
-def test_gguf_baseline_is_rounded_to_bfloat16(tmp_path: Path) -> None:
-    """A GGUF source is dequantized, rounded to bfloat16 and then cast: what compression starts from."""
-    source = _GgufSource(tiny_gguf(tmp_path / "model.gguf").parent)
-    model = load_source_model(source, torch.float32)  # type: ignore[arg-type]
-    for parameter in model.parameters():
+def test_gguf_baseline_is_what_transformers_unpacks(tmp_path: Path) -> None:
+    """Bit for bit transformers' own dequantized model, rounded to bfloat16 and then cast."""
+    path = tiny_gguf(tmp_path / "model.gguf")
+    model = load_source_model(GgufSource(path), torch.float32)
+    with quiet():
+        theirs = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+    expected = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
         assert parameter.dtype is torch.float32
-        assert torch.equal(parameter, parameter.bfloat16().float())
+        assert torch.equal(parameter, expected[name].float()), name
 
 
 def test_loading_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """No bars, advice or warnings of the libraries reach stdout or stderr."""
     source = tiny_llama(tmp_path / "source")
     compress_folder(source, tmp_path / "result", "NVFP4A16")
-    gguf = _GgufSource(tiny_gguf(tmp_path / "model.gguf").parent)
+    gguf = GgufSource(tiny_gguf(tmp_path / "model.gguf"))
     capfd.readouterr()
     load_source_model(FolderSource(source), torch.float32)
-    load_source_model(gguf, torch.float32)  # type: ignore[arg-type]
+    load_source_model(gguf, torch.float32)
     load_checkpoint_model(tmp_path / "result", torch.float32)
     load_tokenizer(tmp_path / "result")
     assert capfd.readouterr() == ("", "")
