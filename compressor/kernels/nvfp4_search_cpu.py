@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from compressor.numerics.nvfp4_search import BLOCK, LOW_CODES, ZERO_BLOCK_CODE
+from compressor.numerics.nvfp4_search import BLOCK, LOW_CODES, REACH, ZERO_BLOCK_CODE
 
 TILE = 64
 LAST_CODE = 126
@@ -23,8 +23,8 @@ Floats = npt.NDArray[np.float32]
 
 ZERO = np.float32(0.0)
 TWO = np.float32(2.0)
-THREE = np.float32(3.0)
 FOUR = np.float32(4.0)
+REACH_FACTOR = np.float32(REACH)
 SIX = np.float32(6.0)
 # adding and subtracting 1.5 * 2**23 * step rounds to multiples of step, ties to even
 MAGIC_HALF = np.float32(12582912.0 * 0.5)
@@ -85,7 +85,7 @@ def _first_codes(amax_T: Floats, ladder: Floats, base_T: npt.NDArray[np.int64]) 
         base_T[t] = base
         if amax_T[t] > ZERO:
             last = base
-            while last < LAST_CODE and (last < LOW_CODES or ladder[last + 1] * THREE < amax_T[t]):
+            while last < LAST_CODE and (last < LOW_CODES or ladder[last + 1] * REACH_FACTOR < amax_T[t]):
                 last += 1
             span = max(span, last - base)
     return span

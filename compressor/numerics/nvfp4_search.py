@@ -11,14 +11,17 @@ implementation finds the same code. A block of zeros takes 0.125, as ``compresse
 
 Codes that cannot win are skipped. Let m = max |u_i|, and let b be the smallest code with 6 c_b >= m (or 126).
 
-*Upwards.* Let c be a code, c/2 a code too, and 6 (c/2) >= m. With a_i = fl(|u_i| / c), the quotient for c/2
-is exactly 2 a_i <= 6: halving c changes an exponent only. The grid of c/2, (c/2) {0, .5, 1, 1.5, 2, 3, 4, 6},
-contains every point of the grid of c up to 3c >= m, so its nearest point is at least as near; where a_i is
-exactly between two points, both grids' ties to even pick the same one (checked for all the midpoints .125,
-.375, .625, .875, 1.25, 1.75, 2.5), and elsewhere rounding a quotient cannot carry it across a midpoint,
-since midpoints are fp32 numbers. Hence each |u_i| - c R(...), an fp32 number rounded monotonically, and with
-it E, is no larger at c/2, and c/2 is the smaller code. So c can win only if 3c < m, or if c/2 is no code:
-that is so for the odd codes below 16 (subnormal c/2), and all codes below 16 are kept.
+*Upwards.* Let c be a code, c/2 a code too, and 3.5 c >= m. With a_i = fl(|u_i| / c) <= 3.5, the quotient for
+c/2 is exactly 2 a_i: halving c changes an exponent only. The grid of c/2, (c/2) {0, .5, 1, 1.5, 2, 3, 4, 6},
+holds every point of the grid of c up to 3c, its last.
+(1) a_i <= 3: its nearest point is at least as near. Where a_i is exactly between two of its points, the ties
+to even of both grids pick the same one (checked for all the midpoints .125, .375, .625, .875, 1.25, 1.75,
+2.5), and elsewhere rounding the quotient cannot carry it across a midpoint: midpoints are fp32 numbers.
+(2) 3 < a_i <= 3.5: c/2 gives 3c. So does c, but for a_i = 3.5, which goes to 4c; as |u_i| <= 3.5 c, that is
+no nearer.
+Hence each term, which is rounded monotonically, and with it E, is no larger at c/2, the smaller code. So c
+can win only if 3.5 c < m, or if c/2 is no code: that is so for the odd codes below 16 (subnormal c/2), and
+all codes below 16 are kept.
 
 *Downwards.* For c < c_b, E(c) >= L(c) = sum_i h_i max(|u_i| - 6c, 0)^2: a clipped value contributes exactly
 its term, any other at least zero, and fp32 addition is monotone. L grows as c falls. Once L(c) exceeds the
@@ -36,6 +39,7 @@ from compressor.numerics.fp8 import E4M3_CODES, e4m3_ladder
 
 BLOCK = 16
 ZERO_BLOCK_CODE = 0x20  # 0.125
+REACH = 3.5  # codes that reach the largest value so many times over lose to half of them
 LOW_CODES = 15  # codes up to here are always tried: half of one need not be a code
 
 
@@ -75,7 +79,7 @@ def search_codes(u_N16: torch.Tensor, h_C16: torch.Tensor) -> torch.Tensor:
     ladder = e4m3_ladder(u_N16.device)
     amax_N = u_N16.amax(dim=1)
     base_N = first_code(amax_N, ladder)
-    last_N = torch.searchsorted(ladder * 3.0, amax_N) - 1
+    last_N = torch.searchsorted(ladder * REACH, amax_N) - 1
     span = int((torch.maximum(last_N, torch.full_like(last_N, LOW_CODES)) - base_N).clamp(min=0).max())
     best_N = base_N
     least_N = block_error(u_N16, h_N16, ladder[base_N])

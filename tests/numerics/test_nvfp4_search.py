@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compressor.kernels import search_nvfp4
 from compressor.numerics.fp4 import round_e2m1
 from compressor.numerics.fp8 import e4m3_ladder
 from compressor.numerics.nvfp4_search import block_error, search_codes
@@ -22,7 +23,7 @@ def test_window_finds_what_every_code_finds(name: str, weighted: bool) -> None:
     assert torch.equal(search_codes(blocks, importance), search_every_code(blocks, importance))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     values=st.lists(st.floats(-2688, 2688, width=32, allow_subnormal=True), min_size=16, max_size=16),
     scale=st.sampled_from([1.0, 1e-2, 1e-4]),
@@ -32,6 +33,20 @@ def test_window_on_any_block(values: list[float], scale: float) -> None:
     block = torch.tensor([values]) * scale
     ones = torch.ones(1, 16)
     assert torch.equal(search_codes(block, ones), search_every_code(block, ones))
+
+
+def test_window_is_not_too_narrow_for_a_block_alone() -> None:
+    """Blocks whose best code is the last that the proof leaves over, each searched by itself."""
+    blocks = hard_blocks()["normal"]
+    ones = torch.ones(1, 16)
+    codes = search_every_code(blocks, ones)
+    ladder = e4m3_ladder()
+    last = torch.searchsorted(ladder * 3.5, blocks.abs().amax(1)) - 1
+    at_the_end = (codes == last).nonzero()[:, 0].tolist()
+    assert len(at_the_end) > 10
+    for n in at_the_end[:12]:
+        assert search_codes(blocks[n : n + 1], ones) == codes[n]
+        assert search_nvfp4(blocks[n : n + 1], ones) == codes[n]
 
 
 def test_error_is_that_of_the_decoded_values() -> None:
