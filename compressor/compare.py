@@ -6,13 +6,22 @@ from pathlib import Path
 
 from compressor.checkpoint.sources import open_source
 from compressor.data import find
+from compressor.errors import CheckpointError
 from compressor.evals.base import EvalResult, EvalSpec
 from compressor.model.families import family_for
 from compressor.progress import Progress
 
 
 def compare(
-    checkpoint: Path, source: str, text: str, *, tokens: int | None, context: int, progress: Progress
+    checkpoint: Path,
+    source: str,
+    text: str,
+    *,
+    revision: str | None,
+    tokens: int | None,
+    context: int,
+    cache: Path,
+    progress: Progress,
 ) -> EvalResult:
     """Perplexity, KL and agreement of ``checkpoint`` against ``source``, both loaded from disk.
 
@@ -20,15 +29,21 @@ def compare(
         checkpoint: a folder, quantized with compressed-tensors or not.
         source: as in a recipe's ``model.source``.
         text: plain UTF-8 text, or JSON lines with a field ``text``; shipped texts are found too.
+        revision: of a Hub source.
         tokens: how many of its tokens are read, or None for all.
         context: tokens of one window.
+        cache: folder that a Hub source is downloaded to.
         progress: told of everything.
 
     Raises:
         UserError: anything that is missing, unreadable or does not fit together.
     """
+    if not (checkpoint / "config.json").is_file():
+        raise CheckpointError(
+            "no checkpoint: there is no config.json", where=str(checkpoint), fix="name a folder"
+        )
     found = find(text, what="evaluation text")
-    opened = open_source(source)
+    opened = open_source(source, revision=revision, cache=cache)
     import torch
 
     from compressor.evals.run import evaluate_pair

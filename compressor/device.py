@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,3 +59,17 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         able = torch.cpu.get_capabilities()
         native = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
     return torch.bfloat16 if native else torch.float32
+
+
+def available_memory_bytes() -> int:
+    """Host memory that a process may still take: what is free, within the control group's limit."""
+    import psutil
+
+    free: int = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or "max"
+        return free
+    return min(free, max(0, limit - used))

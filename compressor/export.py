@@ -1,4 +1,4 @@
-"""The output folder: it appears whole, by one rename, or not at all."""
+"""The output folder: it appears whole, by one rename, or not at all; nothing that is not ours is replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from compressor.errors import CheckpointError, UserError
 from compressor.report.card import write_card
 from compressor.report.html import write_html
-from compressor.report.manifest import MANIFEST_FILE, read_manifest
+from compressor.report.manifest import MANIFEST_FILE, Manifest, read_manifest
 from compressor.report.model import REPORT_FILE, Report
 from compressor.stages.assemble import link_or_copy
 from compressor.workspace import STAGE_FILE, Workspace, write_atomic
@@ -25,48 +25,69 @@ def failed_folder(output: Path) -> Path:
     return output.with_name(output.name + FAILED_SUFFIX)
 
 
-def already_exported(folder: Path, recipe_yaml: str, fingerprint: str) -> bool:
-    """Whether the folder is the finished export of this very recipe and source.
+def exported(folder: Path) -> Manifest | None:
+    """The manifest of a finished export, or None where the folder is anything else.
 
-    The manifest is the last file of an export, so its presence says that the folder is whole.
+    The manifest is written last; a folder with a file that it does not name, or without one that it names in
+    its size, is not (or no longer) an export.
     """
-    if not (folder / MANIFEST_FILE).is_file() or not (folder / REPORT_FILE).is_file():
-        return False
+    if not (folder / MANIFEST_FILE).is_file():
+        return None
     try:
-        same_source = read_manifest(folder).source.fingerprint == fingerprint
-        return same_source and (folder / "recipe.yaml").read_text() == recipe_yaml
+        manifest = read_manifest(folder)
+        present = {
+            path.relative_to(folder).as_posix(): path.lstat().st_size
+            for path in folder.rglob("*")
+            if not path.is_dir()
+        }
     except (CheckpointError, OSError):
-        return False
+        return None
+    del present[MANIFEST_FILE]
+    return manifest if present == {name: facts.size for name, facts in manifest.files.items()} else None
+
+
+def already_exported(folder: Path, recipe_yaml: str, key: str) -> bool:
+    """Whether the folder is the finished export of this very recipe, source and evaluation text."""
+    manifest = exported(folder)
+    return (
+        manifest is not None and manifest.key == key and (folder / "recipe.yaml").read_text() == recipe_yaml
+    )
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError where the folder holds something that is not an export of this program."""
+    if folder.is_dir() and any(folder.iterdir()) and exported(folder) is None:
+        raise UserError(
+            "the output folder is not empty, and what is in it is no result of this program",
+            where=str(folder),
+            fix="choose another --output, or move it away",
+        )
 
 
 @contextmanager
 def export_folder(space: Workspace, target: Path, checkpoint: Path) -> Iterator[Path]:
-    """A folder with the checkpoint's files to add to; it is renamed to ``target`` when the block ends well.
+    """A folder with the checkpoint's files to add to; it becomes ``target`` when the block ends well.
 
-    Built in the workspace; where that is another file system, it is copied beside the target first.
+    Built in the workspace with linked shards; where the target is on another file system, beside it.
+
+    Raises:
+        UserError: by then the target holds something that is not an export.
     """
-    building = space.partials / f"export.tmp-{os.getpid()}"
+    same_device = os.stat(target.parent).st_dev == os.stat(space.root).st_dev
+    # A fixed name beside the target: what a killed run left there is met, and removed, by the next one.
+    away = target.with_name(f".{target.name}.compress-partial")
+    building = space.partials / f"export.tmp-{os.getpid()}" if same_device else away
+    _remove(building)
     building.mkdir(parents=True)
-    for file in sorted(checkpoint.iterdir()):
-        if file.name != STAGE_FILE:
-            link_or_copy(file, building / file.name)
-    yield building
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir():
-        if any(target.iterdir()) and not (target / MANIFEST_FILE).is_file():
-            raise UserError(
-                "the folder is not empty and holds no result", where=str(target), fix="move it away"
-            )
-        shutil.rmtree(target)
     try:
-        building.rename(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        beside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-        shutil.copytree(building, beside)
-        beside.rename(target)
-        shutil.rmtree(building)
+        for file in sorted(checkpoint.iterdir()):
+            _add(file, building)
+        yield building
+        refuse_foreign(target)
+        _replace(target, building, space.partials / f"replaced.tmp-{os.getpid()}")
+    except BaseException:
+        _remove(building)
+        raise
 
 
 def describe(folder: Path, report: Report, recipe_yaml: str) -> None:
@@ -75,3 +96,46 @@ def describe(folder: Path, report: Report, recipe_yaml: str) -> None:
     write_atomic(folder / REPORT_FILE, report.to_json().encode())
     write_html(folder, report)
     write_card(folder, report)
+
+
+def _add(file: Path, folder: Path) -> None:
+    """Shards are linked; small files are copied, so that an edit of the export stays in the export."""
+    if file.name == STAGE_FILE:
+        return
+    if file.is_dir():
+        shutil.copytree(file, folder / file.name)
+    elif file.suffix == ".safetensors":
+        link_or_copy(file, folder / file.name)
+    else:
+        shutil.copyfile(file, folder / file.name)
+
+
+def _replace(target: Path, building: Path, aside: Path) -> None:
+    """``building`` becomes ``target``; an older export steps aside first and is removed last."""
+    if not target.is_dir() or not any(target.iterdir()):
+        try:
+            building.rename(target)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            _fill(target, building)
+        return
+    if os.stat(target).st_dev != os.stat(aside.parent).st_dev:
+        aside = target.with_name(f".{target.name}.compress-replaced")
+        _remove(aside)
+    target.rename(aside)
+    building.rename(target)
+    _remove(aside)
+
+
+def _fill(mount_point: Path, building: Path) -> None:
+    """A mount point cannot be renamed over: its files are moved in one by one, the manifest last."""
+    files = sorted(building.iterdir(), key=lambda file: file.name == MANIFEST_FILE)
+    for file in files:
+        shutil.move(file, mount_point / file.name)
+    building.rmdir()
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,15 +12,24 @@ from compressor.budget.gates import check_gates
 from compressor.checkpoint.safetensors_writer import shard_names
 from compressor.errors import GateError, UserError
 from compressor.evals.base import EvalResult
-from compressor.export import already_exported, describe, export_folder, failed_folder
+from compressor.export import (
+    already_exported,
+    describe,
+    export_folder,
+    exported,
+    failed_folder,
+    refuse_foreign,
+)
 from compressor.meter import metered
+from compressor.model.load import check_known
 from compressor.planner.plan import Plan, stream_key
 from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
+from compressor.recipe.model import Recipe
 from compressor.report.manifest import Manifest, write_manifest
 from compressor.report.model import Report, StageCost, load_report
 from compressor.stages.assemble import assemble
-from compressor.stages.evaluate import evaluate_stage, measure, reload
+from compressor.stages.evaluate import check_tokens, evaluate_stage, measure, reload
 from compressor.stages.stream import shard_receipts, stream
 from compressor.summary import package_versions, summarize
 from compressor.workspace import file_sha256, stage_key
@@ -78,18 +88,17 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
     """
     for warning in plan.warnings:
         progress.warn(warning)
-    recipe_yaml = dump_recipe(plan.loaded.recipe)
+    recipe_yaml = dump_recipe(_seen_from(plan.output, plan))
     with plan.workspace.locked():
-        replaceable = False
-        for done in (plan.output, failed_folder(plan.output)):
-            if already_exported(done, recipe_yaml, plan.source.fingerprint):
-                if not fresh:
-                    progress.log(f"{done} already holds this recipe's result")
-                    return RunResult(done, load_report(done))
-                replaceable = replaceable or done == plan.output
-        if not replaceable:
-            _refuse_foreign(plan.output)
         stages = _stages(plan, progress)
+        for done in (plan.output, failed_folder(plan.output)):
+            if not fresh and already_exported(done, recipe_yaml, stages[-1].key):
+                progress.log(f"{done} already holds this recipe's result")
+                return RunResult(done, load_report(done))
+        _check_target(plan, recipe_yaml, stages[-1].key)
+        check_known(plan.source.config, plan.source.label)
+        if plan.evaluation is not None and not plan.workspace.finished(stages[0].name, stages[0].key):
+            check_tokens(plan.source, plan.evaluation, plan.workspace)
         costs = []
         for stage in stages:
             if fresh:
@@ -175,6 +184,7 @@ def _export(
         describe(folder, report, recipe_yaml)
         manifest = write_manifest(
             folder,
+            key=stages[-1].key,
             source=plan.source,
             versions=package_versions(),
             seed=plan.loaded.recipe.seed,
@@ -183,6 +193,22 @@ def _export(
         _check_shards(plan, stages, manifest, artefacts["stream"])
     progress.log(f"exported to {result_folder}")
     return RunResult(result_folder, report)
+
+
+def _seen_from(folder: Path, plan: Plan) -> Recipe:
+    """The recipe with relative files named from ``folder``, so that the copy exported there runs too."""
+    recipe = plan.loaded.recipe
+    source = recipe.model.source
+    local = plan.source.model_dir() if plan.source.revision is None else None
+    if local is not None and not source.startswith("pkg:") and not Path(source).is_absolute():
+        moved = os.path.relpath(local / (plan.source.gguf_file() or ""), folder)
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": moved})})
+    spec = plan.evaluation
+    given = recipe.evaluate is not None and not Path(recipe.evaluate.text).is_absolute()
+    if recipe.evaluate is not None and spec is not None and given and not spec.text_is_shipped:
+        moved = os.path.relpath(spec.text, folder)
+        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"text": moved})})
+    return recipe
 
 
 def _check_shards(plan: Plan, stages: list[_Stage], manifest: Manifest, streamed: Path) -> None:
@@ -198,10 +224,20 @@ def _check_shards(plan: Plan, stages: list[_Stage], manifest: Manifest, streamed
             )
 
 
-def _refuse_foreign(output: Path) -> None:
-    if output.is_dir() and any(output.iterdir()):
+def _check_target(plan: Plan, recipe_yaml: str, key: str) -> None:
+    """Refuses, before hours are spent, an output folder that the result could not go to."""
+    try:
+        plan.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
         raise UserError(
-            "the output folder is not empty, and holds no result of this recipe and source",
-            where=str(output),
+            f"the output folder cannot be made: {error.strerror}",
+            where=str(plan.output),
+            fix="choose another --output",
+        ) from error
+    refuse_foreign(plan.output)
+    if exported(plan.output) is not None and not already_exported(plan.output, recipe_yaml, key):
+        raise UserError(
+            "the output folder holds the result of another recipe, source or version",
+            where=str(plan.output),
             fix="choose another --output, or move it away",
         )

@@ -162,17 +162,37 @@ class Workspace:
         found = []
         for parent, finished in ((self.stages, True), (self.partials, False)):
             folders = sorted(parent.iterdir()) if parent.is_dir() else []
-            found += [self._entry(folder, finished) for folder in folders if folder.is_dir()]
+            found += [
+                self._entry(folder, finished)
+                for folder in folders
+                if folder.is_dir() and not folder.is_symlink()
+            ]
         if self.hub.is_dir():
             found.append(self._entry(self.hub, True))
         return sorted(found, key=lambda entry: -entry.nbytes)
 
+    def reclaimable_bytes(self, entries: Sequence[Entry]) -> int:
+        """What deleting these artefacts frees: shards that an export shares stay on the disk with it."""
+        names: dict[tuple[int, int], int] = {}
+        facts: dict[tuple[int, int], os.stat_result] = {}
+        for entry in entries:
+            for path in _files(entry.path):
+                stat = path.lstat()
+                names[stat.st_dev, stat.st_ino] = names.get((stat.st_dev, stat.st_ino), 0) + 1
+                facts[stat.st_dev, stat.st_ino] = stat
+        return sum(stat.st_size for key, stat in facts.items() if names[key] >= stat.st_nlink)
+
     @staticmethod
     def _entry(folder: Path, finished: bool) -> Entry:
-        stats = [path.lstat() for path in folder.rglob("*") if path.is_file()]
+        stats = [path.lstat() for path in _files(folder)]
         return Entry(
             folder,
             sum(stat.st_size for stat in stats),
             finished,
             max((s.st_mtime for s in stats), default=0.0),
         )
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files below a folder; links are themselves, not what they point to."""
+    return [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]

@@ -2,11 +2,12 @@
 # Lint, types and tests in .venv. `--slow` adds the tests marked slow; other arguments go to pytest.
 set -euo pipefail
 . "$(dirname "$0")/env.sh" dev
-marks="not slow and not gpu and not serve and not network"
+marks="not slow"
 if [ "${1:-}" = --slow ]; then
-    marks="not gpu and not serve and not network"
+    marks=""
     shift
 fi
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy

@@ -28,7 +28,8 @@ class Source(Protocol):
         headers: every stored tensor by name, in file order, as ``read`` returns it: GGUF tensors count as
             BF16, since they are dequantized.
         fingerprint: hex sha256, the content key of the source: over config, headers and file sizes, and over
-            the Hub commit or, for local files, samples of their bytes.
+            the Hub commit or, for local files, their times of modification, samples of every tensor and the
+            side files.
     """
 
     label: str
@@ -53,7 +54,8 @@ class Source(Protocol):
 
     def write_side_files(self, folder: Path) -> list[str]:
         """Writes everything that is not weights or config.json (tokenizer, chat template, generation
-        config, processor, licence, notice) into ``folder``; returns the names written.
+        config, processor, licence, notice) into ``folder``; returns the names written, with ``/`` where one
+        lies in a subfolder.
         """
         ...
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.base import Kind
 from compressor.checkpoint.layout import (
     MAX_JSON_BYTES,
+    TEMPLATES_FOLDER,
     card_license,
     fingerprint,
     is_side_file,
@@ -19,7 +21,7 @@ from compressor.checkpoint.layout import (
     parse_index,
     weight_files,
 )
-from compressor.checkpoint.safetensors_file import AGAIN, read_header, read_tensor
+from compressor.checkpoint.safetensors_file import AGAIN, FileHeader, read_header, read_tensor
 from compressor.checkpoint.safetensors_writer import INDEX_NAME
 from compressor.errors import CheckpointError
 from compressor.spec import TensorHeader
@@ -27,8 +29,9 @@ from compressor.spec import TensorHeader
 if TYPE_CHECKING:
     import torch
 
-SAMPLES = 16
-SAMPLE_BYTES = 4096
+SAMPLE_BYTES = 512
+# Reads for samples, over the whole checkpoint: seconds from a disk that has cached nothing.
+MAX_SAMPLES = 30_000
 
 
 class FolderSource:
@@ -58,28 +61,27 @@ class FolderSource:
         lead = weight_files(names, self.label)
         weight_map = parse_index(self._small_file(lead), self.label) if lead == INDEX_NAME else {}
         shards = sorted(set(weight_map.values())) or [lead]
+        # Taken before anything is read, so that a later change is noticed whenever it happens.
+        self._stamps = {shard: file_stamp(self._inside(shard)) for shard in shards}
         files = {shard: read_header(self._inside(shard)) for shard in shards}
         headers, self._homes = merge_headers(files, weight_map, self.label)
         self.headers: Mapping[str, TensorHeader] = headers
         self._offsets = {name: offset for file in files.values() for name, offset in file.offsets.items()}
-        self._stamps = {shard: _stamp(self._folder / shard) for shard in shards}
-        sizes = {shard: file.file_bytes for shard, file in files.items()}
-        samples = (sample for shard in shards for sample in file_samples(self._folder / shard))
-        self.fingerprint = fingerprint(self.config, headers, sizes, samples)
+        self._side_files = self._find_side_files(names)
+        self.fingerprint = self._fingerprint(files)
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """See ``Source.read``."""
         path = self._folder / self._homes[name]
-        if _stamp(path) != self._stamps[self._homes[name]]:
-            raise CheckpointError("the file changed while it was in use", where=str(path), fix="run again")
+        check_unchanged(path, self._stamps[self._homes[name]])
         return read_tensor(path, self.headers[name], self._offsets[name], index)
 
     def write_side_files(self, folder: Path) -> list[str]:
         """Copies tokenizer, template, processor, generation and licence files; see ``Source``."""
-        names = [name for name in sorted(os.listdir(self._folder)) if is_side_file(name)]
-        for name in names:
+        for name in self._side_files:
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self._inside(name), folder / name)
-        return names
+        return list(self._side_files)
 
     def model_dir(self) -> Path | None:
         """The folder itself."""
@@ -89,12 +91,37 @@ class FolderSource:
         """None: the weights are safetensors."""
         return None
 
+    def _find_side_files(self, names: Sequence[str]) -> list[str]:
+        """The side files among ``names`` and in the folder of templates; a folder so named is none."""
+        templates = self._folder / TEMPLATES_FOLDER
+        inner = sorted(os.listdir(templates)) if templates.is_dir() else []
+        found = [*names, *(f"{TEMPLATES_FOLDER}/{name}" for name in inner)]
+        return [name for name in found if is_side_file(name) and not (self._folder / name).is_dir()]
+
+    def _fingerprint(self, files: Mapping[str, FileHeader]) -> str:
+        """Over config, headers, stamps, samples of every tensor and the side files, which it checks."""
+        every = sample_step(len(self.headers))
+        samples = (
+            sample
+            for shard, file in files.items()
+            for sample in file_samples(
+                self._folder / shard,
+                [(file.offsets[name], header.nbytes) for name, header in file.headers.items()],
+                every,
+            )
+        )
+        side = (part for name in self._side_files for part in (name.encode(), self._small_file(name)))
+        return fingerprint(self.config, self.headers, self._stamps, chain(samples, side))
+
     def _small_file(self, name: str) -> bytes:
-        """The contents of a JSON file of the folder, up to a cap."""
+        """The contents of a file of the folder that is not weights, up to a cap."""
         path = self._inside(name)
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"larger than {MAX_JSON_BYTES:,} bytes", where=str(path))
-        return path.read_bytes()
+        try:
+            if path.stat().st_size > MAX_JSON_BYTES:
+                raise CheckpointError(f"larger than {MAX_JSON_BYTES:,} bytes", where=str(path))
+            return path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
     def _inside(self, name: str) -> Path:
         """The file ``name`` of the folder, once it is known to lie there really."""
@@ -111,26 +138,50 @@ class FolderSource:
         return target
 
 
-def file_samples(path: Path) -> Iterator[bytes]:
-    """A few short reads spread evenly over a file: new weights of equal shapes change them.
+def sample_step(tensors: int) -> int:
+    """Which samples are read, every how manieth: three of each tensor until they are ``MAX_SAMPLES``."""
+    return max(1, -(-3 * tensors // MAX_SAMPLES))
+
+
+def file_samples(path: Path, spans: Sequence[tuple[int, int]], every: int) -> Iterator[bytes]:
+    """First, middle and last bytes of each tensor: new weights of equal shapes change them.
+
+    Args:
+        path: the file.
+        spans: offset and length in bytes of each tensor.
+        every: read only every so manieth of these samples.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
+    places = [
+        (offset + (length - size) * part // 2, size)
+        for offset, length in spans
+        for size in [min(length, SAMPLE_BYTES)]
+        for part in range(3)
+    ]
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            for number in range(SAMPLES):
-                file.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
-                yield file.read(SAMPLE_BYTES)
+            for offset, size in places[::every]:
+                yield os.pread(file.fileno(), size, offset)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and modification time: equal as long as nobody rewrote the file."""
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Size and modification time (ns): equal as long as nobody rewrote the file.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
     try:
         found = path.stat()
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
     return found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(path: Path, stamp: tuple[int, int]) -> None:
+    """Raises CheckpointError where the file is no longer the one that ``file_stamp`` saw."""
+    if file_stamp(path) != stamp:
+        raise CheckpointError("the file changed while it was in use", where=str(path), fix="run again")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.base import Kind
-from compressor.checkpoint.folder import file_samples
+from compressor.checkpoint.folder import check_unchanged, file_samples, file_stamp, sample_step
 from compressor.checkpoint.gguf_config import (
     ROPE_FREQS,
     Expected,
@@ -53,6 +53,7 @@ class GgufSource:
     def __init__(self, path: Path, label: str | None = None) -> None:
         self._path = path.resolve()
         self.label = label or str(path)
+        self._stamp = file_stamp(self._path)
         header = read_gguf_header(self._path)
         kind = architecture(header, self.label)
         _check_types(header.tensors, self.label)
@@ -78,11 +79,13 @@ class GgufSource:
         verb = "unpacked" if largest in _UNQUANTIZED else "dequantized"
         self.note = f"{verb} from GGUF {largest} (largest type by bytes)"
         contents = [repr(header.metadata).encode(), repr(list(header.tensors.values())).encode()]
-        contents += file_samples(self._path)
-        self.fingerprint = fingerprint(self.config, self.headers, {"gguf": header.file_bytes}, contents)
+        spans = [(stored.offset, stored.nbytes) for stored in header.tensors.values()]
+        contents += file_samples(self._path, spans, sample_step(len(spans)))
+        self.fingerprint = fingerprint(self.config, self.headers, {"gguf": self._stamp}, contents)
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """See ``Source.read``: always bf16."""
+        check_unchanged(self._path, self._stamp)
         stored, expected = self._tensors[name]
         tensor = _dequantized(self._path, stored)
         if expected.heads is not None:

@@ -24,15 +24,22 @@ S = TypeVar("S", bound=Described)
 
 
 def quantization_config(
-    by_scheme: Mapping[S, Sequence[str]], left_16bit: Sequence[str], embeddings: frozenset[str]
+    by_scheme: Mapping[S, Sequence[str]],
+    left_16bit: Sequence[str],
+    ends: frozenset[str],
+    *,
+    exact: bool = False,
+    ignored: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The ``quantization_config`` dictionary, built and dumped by ``compressed_tensors`` itself.
 
     Args:
         by_scheme: scheme -> names of the modules stored so.
         left_16bit: names of the linear modules that are not quantized (the engine must leave them alone).
-        embeddings: which of the quantized modules are embeddings: these must be named as targets, since
-            ``Linear`` does not match them.
+        ends: which of the quantized modules are embeddings or output heads: these must be named as targets,
+            since engines do not take them for ``Linear``.
+        exact: write plain names instead of regexes, which engines that rename a model's modules do not map.
+        ignored: further entries of the ignore list, as they are.
 
     Returns:
         What ``save_pretrained`` of the library writes for such a model: one group targeting ``Linear`` and an
@@ -42,11 +49,11 @@ def quantization_config(
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
     every = {name for names in by_scheme.values() for name in names} | set(left_16bit)
-    simple = len(by_scheme) == 1 and not embeddings
+    uniform = len(by_scheme) == 1
     groups: dict[str, QuantizationScheme | list[str]] = {}
     formats = set()
     for index, (scheme, names) in enumerate(by_scheme.items()):
-        targets = ["Linear"] if simple else target_patterns(set(names), every)
+        targets = ["Linear", *sorted(ends)] if uniform else target_patterns(set(names), every, exact=exact)
         described = scheme.ct_scheme(targets)
         formats.add(described.format)
         groups[f"group_{index}"] = described
@@ -54,7 +61,7 @@ def quantization_config(
         config_groups=groups,
         quantization_status=QuantizationStatus.COMPRESSED,
         format=formats.pop() if len(formats) == 1 else "mixed-precision",
-        ignore=target_patterns(set(left_16bit), every),
+        ignore=[*target_patterns(set(left_16bit), every, exact=exact), *ignored],
     )
     dumped: dict[str, Any] = config.model_dump(mode="json")
     return {"version": version, "sparsity_config": {}, "transform_config": {}, **dumped}

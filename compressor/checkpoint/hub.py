@@ -92,7 +92,7 @@ class HubSource:
         headers, self._homes = merge_headers(self._files, weight_map, self.label)
         self.headers: Mapping[str, TensorHeader] = headers
         self._local: dict[str, Path] = {}
-        sizes = {shard: self._sizes[shard] for shard in shards}
+        sizes = {shard: (self._sizes[shard],) for shard in shards}
         self.fingerprint = fingerprint(self.config, headers, sizes, [self._commit.encode()])
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
@@ -104,6 +104,7 @@ class HubSource:
         """Downloads tokenizer, template, processor, generation and licence files; see ``Source``."""
         names = sorted(filter(is_side_file, self._sizes))
         for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(self._download(name).read_bytes())
         return names
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.layout import MAX_JSON_BYTES, parse_index, weight_files
+from compressor.checkpoint.layout import MAX_JSON_BYTES, load_config, parse_index, weight_files
 from compressor.checkpoint.safetensors_file import read_header
 from compressor.checkpoint.safetensors_writer import INDEX_NAME
 from compressor.errors import CheckpointError
@@ -56,11 +55,11 @@ def take_inventory(folder: Path) -> Inventory:
     """
     if not folder.is_dir():
         raise CheckpointError("no such folder", where=str(folder))
-    config = _config(folder)
+    config = load_config(_small_file(folder / "config.json"), str(folder / "config.json"))
     first = weight_files([path.name for path in folder.iterdir()], str(folder))
     shards = [first]
     if first == INDEX_NAME:
-        shards = list(dict.fromkeys(parse_index((folder / INDEX_NAME).read_bytes(), str(folder)).values()))
+        shards = list(dict.fromkeys(parse_index(_small_file(folder / INDEX_NAME), str(folder)).values()))
     headers: list[TensorHeader] = []
     sizes = {}
     for shard in shards:
@@ -74,21 +73,34 @@ def take_inventory(folder: Path) -> Inventory:
         tensors=len(headers),
         bytes=sum(header.nbytes for header in headers),
         kinds=_kinds(headers),
-        quantization=config.get("quantization_config"),
+        quantization=_quantization(config, str(folder / "config.json")),
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError("config.json is missing or not of sane size", where=str(folder))
+def _small_file(path: Path) -> bytes:
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing", where=str(path.parent))
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"larger than {MAX_JSON_BYTES:,} bytes", where=str(path))
     try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("config.json is not valid JSON", where=str(path)) from error
-    if not isinstance(config, dict):
-        raise CheckpointError("config.json is not a JSON object", where=str(path))
-    return config
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _quantization(config: dict[str, Any], where: str) -> dict[str, Any] | None:
+    found = config.get("quantization_config") or None
+    if found is not None and not _has_groups(found):
+        raise CheckpointError("config.json: quantization_config is not laid out as one", where=where)
+    return found
+
+
+def _has_groups(quantization: object) -> bool:
+    """Whether it is an object whose ``config_groups``, where it has any, are objects with objects."""
+    groups = (quantization.get("config_groups") or {}) if isinstance(quantization, dict) else None
+    return isinstance(groups, dict) and all(
+        isinstance(group, dict) and isinstance(group.get("weights") or {}, dict) for group in groups.values()
+    )
 
 
 def _kinds(headers: list[TensorHeader]) -> tuple[Kind, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
@@ -25,18 +25,33 @@ SINGLE_NAME = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Everything beside weights and config.json that an engine or a reader of the result wants.
 _SIDE_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "*.tiktoken", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v[0-9]*", "tekken.json"),
+    *("spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json"),
     *("chat_template.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("video_preprocessor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
+# A folder of further templates, as transformers saves them (utils/hub.py CHAT_TEMPLATE_DIR).
+TEMPLATES_FOLDER = "additional_chat_templates"
+# What a killed writer leaves, here and in the workspace: never part of a checkpoint.
+_TEMPORARY = "*.tmp-*"
+# Beyond these a config.json is not a model's: floats hold such integers exactly, and nothing nests deeper.
+MAX_INTEGER = 2**53
+MAX_DEPTH = 32
 # Not "I32" and wider: buffers such as position ids have those types in unquantized checkpoints.
 _PACKED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "I8"})
 
 
 def is_side_file(name: str) -> bool:
-    """Whether ``name`` is a tokenizer, template, processor, generation or licence file."""
-    return any(fnmatchcase(name, pattern) for pattern in _SIDE_FILES)
+    """Whether ``name`` (with ``/`` where it lies in a subfolder) is a tokenizer, template, processor,
+    generation or licence file.
+    """
+    if not name.isprintable() or fnmatchcase(name, _TEMPORARY):
+        return False
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return folder == TEMPLATES_FOLDER and fnmatchcase(file, "*.jinja")
+    return any(fnmatchcase(file, pattern) for pattern in _SIDE_FILES)
 
 
 def weight_files(names: Collection[str], where: str) -> str:
@@ -72,26 +87,75 @@ def weight_files(names: Collection[str], where: str) -> str:
 
 
 def parse_config(raw: bytes, where: str) -> dict[str, Any]:
-    """The contents of ``config.json``.
+    """The contents of the ``config.json`` of a source.
 
     Raises:
-        CheckpointError: it is not a JSON object, or says that the weights are already quantized.
+        CheckpointError: what ``load_config`` refuses, or it says that the weights are already quantized.
     """
-    config = load_json(raw, where, "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError("config.json is not a JSON object", where=where)
+    config = load_config(raw, where)
     text_config = config.get("text_config")
     for part in (config, text_config if isinstance(text_config, dict) else {}):
         found = part.get("quantization_config") or part.get("compression_config")
         if found:
             method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
-            raise _already_quantized(f"config.json has a quantization_config ({str(method)[:40]})", where)
+            named = _shown(method).strip("'")
+            raise _already_quantized(f"config.json has a quantization_config ({named})", where)
     return config
+
+
+def load_config(raw: bytes, where: str) -> dict[str, Any]:
+    """The contents of a ``config.json``, quantized or not, with the fields in it that code relies on checked.
+
+    Every ``model_type`` is text or null, every ``architectures`` a list of texts or null, every integer is
+    below ``MAX_INTEGER``, nothing is nested deeper than ``MAX_DEPTH``. Other fields may hold anything.
+
+    Raises:
+        CheckpointError: one of these is not so, or it is not a JSON object.
+    """
+    config = load_json(raw, where, "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError("config.json is not a JSON object", where=where)
+    level: list[tuple[str, Any]] = [("", config)]
+    for _ in range(MAX_DEPTH):
+        inner: list[tuple[str, Any]] = []
+        for key, value in level:
+            _check_field(key, value, where)
+            if isinstance(value, dict):
+                inner += value.items()
+            elif isinstance(value, list):
+                inner += ((f"{key}[]", item) for item in value)
+        level = inner
+    if level:
+        raise CheckpointError(f"config.json is nested more than {MAX_DEPTH} deep", where=where)
+    return config
+
+
+def _check_field(key: str, value: object, where: str) -> None:
+    """Refuses one field of a config.json, at any depth, that no model has."""
+    if isinstance(value, int) and abs(value) >= MAX_INTEGER:
+        raise CheckpointError(f"config.json: {_shown(key)} has {_shown(value)}, beyond 2^53", where=where)
+    if key == "model_type" and not isinstance(value, str | None):
+        raise CheckpointError(f"config.json: model_type is {_shown(value)}, not a name", where=where)
+    if key == "architectures" and not _is_names(value):
+        raise CheckpointError(
+            f"config.json: architectures is {_shown(value)}, not a list of names", where=where
+        )
+
+
+def _is_names(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _shown(value: object) -> str:
+    """A few characters of a value for a message; escapes what cannot be printed."""
+    return repr(value)[:40]
 
 
 def card_license(raw: bytes) -> str | None:
     """The licence identifier in the front matter of a model card, or None where it states none."""
-    found = re.match(rb"---\r?\n(?:.*\r?\n)*?license: *([A-Za-z0-9._-]{1,64}) *\r?\n", raw[:_CARD_BYTES])
+    found = re.match(
+        rb"---\r?\n(?:[^\r\n]*\r?\n)*?license: *([A-Za-z0-9._-]{1,64}) *\r?\n", raw[:_CARD_BYTES]
+    )
     return found[1].decode() if found else None
 
 
@@ -150,7 +214,7 @@ def merge_headers(
 def fingerprint(
     config: Mapping[str, Any],
     headers: Mapping[str, TensorHeader],
-    sizes: Mapping[str, int],
+    files: Mapping[str, Sequence[int]],
     contents: Iterable[bytes],
 ) -> str:
     """Hex sha256 that names a source's contents.
@@ -158,10 +222,11 @@ def fingerprint(
     Args:
         config: contents of config.json.
         headers: every tensor.
-        sizes: file name -> bytes.
-        contents: what tells apart two sources of equal headers: the Hub commit, or samples of the files.
+        files: weight file -> its bytes and, for local files, its time of modification in ns.
+        contents: what tells apart two sources of equal headers: the Hub commit, or samples of the weights
+            and the side files.
     """
-    digest = hashlib.sha256(json.dumps([config, sizes], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([config, files], sort_keys=True).encode())
     for header in headers.values():
         digest.update(f"{header.name}\0{header.dtype}\0{header.shape}\n".encode())
     for content in contents:

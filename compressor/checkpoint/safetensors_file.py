@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 32
 MAX_NAME_CHARS = 1024
+MAX_ELEMENTS = 2**53
 AGAIN = "download the file again"
 
 # safetensors dtype -> name of the torch dtype; uint16 and wider unsigned exist in torch since 2.3
@@ -152,7 +153,10 @@ def checked_header(name: str, dtype: object, shape: object, where: str) -> Tenso
     # bool is a subclass of int, so compare the type itself
     if not all(type(size) is int and 0 <= size < 2**48 for size in shape):
         raise CheckpointError(f"tensor {name}: impossible shape {str(shape)[:80]}", where=where)
-    return TensorHeader(name, dtype, tuple(shape))
+    header = TensorHeader(name, dtype, tuple(shape))
+    if header.numel >= MAX_ELEMENTS:
+        raise CheckpointError(f"tensor {name}: impossible shape {str(shape)[:80]}", where=where)
+    return header
 
 
 def read_tensor(path: Path, header: TensorHeader, offset: int, index: int | None = None) -> torch.Tensor:

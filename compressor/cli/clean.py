@@ -31,11 +31,11 @@ def command(workspace: Path, delete: bool, partial: bool) -> None:
     entries = [entry for entry in space.entries() if not (partial and entry.finished)]
     for entry in entries:
         click.echo(_line(entry, space.root))
-    total = sum(entry.nbytes for entry in entries)
+    total = space.reclaimable_bytes(entries)
     if not entries:
         click.echo(f"nothing in {space.root}")
     elif not delete:
-        click.echo(f"{total / 1e6:.1f} MB in {len(entries)} folder(s); --delete frees them")
+        click.echo(f"--delete frees {total / 1e6:.1f} MB (files shared with exports stay with them)")
     else:
         with space.locked():
             for entry in entries:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from compressor.cli.options import log_json_option, quiet_option
+from compressor.cli.options import DEFAULT_WORKSPACE, log_json_option, quiet_option
 
 
 @click.command(name="eval")
@@ -16,6 +16,7 @@ from compressor.cli.options import log_json_option, quiet_option
 @click.option(
     "--source", required=True, help="What it was made from: folder, Hub id, .gguf or pkg:NAME/FILE."
 )
+@click.option("--revision", help="Commit, tag or branch of a Hub source.")
 @click.option("--text", required=True, help="A UTF-8 text, or .jsonl with a text field.")
 @click.option("--tokens", type=click.IntRange(min=2), help="Tokens of the text to read.  [default: all]")
 @click.option("--context", type=click.IntRange(min=2), default=1024, show_default=True, help="Window tokens.")
@@ -25,6 +26,7 @@ from compressor.cli.options import log_json_option, quiet_option
 def command(
     checkpoint: Path,
     source: str,
+    revision: str | None,
     text: str,
     tokens: int | None,
     context: int,
@@ -40,7 +42,16 @@ def command(
     from compressor.compare import compare
 
     with reporter(quiet=quiet, log_json=log_json) as progress:
-        result = compare(checkpoint, source, text, tokens=tokens, context=context, progress=progress)
+        result = compare(
+            checkpoint,
+            source,
+            text,
+            revision=revision,
+            tokens=tokens,
+            context=context,
+            cache=DEFAULT_WORKSPACE.absolute() / "hub",
+            progress=progress,
+        )
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -28,6 +29,11 @@ COMMANDS = {
     "schema": ("compressor.cli.schema", "Print the JSON Schema of recipes."),
     "clean": ("compressor.cli.clean", "Show or free workspace space."),
 }
+
+
+_SYSTEM_REFUSALS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+)
 
 
 class _Commands(click.Group):
@@ -71,8 +77,16 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Entry point: runs the command line and exits with the contract's status."""
+    # GNU OpenMP's waiting threads spin: beside other work on few cores that costs ten times what it saves.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_run(sys.argv[1:]))
+    code = _run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == EXIT_INTERRUPTED:
+        # A read that is under way would be waited for; nothing that matters is left to do.
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -80,6 +94,8 @@ def _run(arguments: list[str]) -> int:
         cli.main(arguments, prog_name="compress", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except SystemExit:
+        return 0  # click's answer to a reader of stdout that went away (`| head`)
     except click.ClickException as error:
         error.show()
         return EXIT_USER
@@ -90,16 +106,26 @@ def _run(arguments: list[str]) -> int:
         _say(f"error: {error}")
         return EXIT_USER
     except (KeyboardInterrupt, click.exceptions.Abort) as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         word = "terminated" if isinstance(stop, Terminated) else "interrupted"
         _say(f"{word}: finished work is kept; run the same command again to go on")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of stdout went away (`| head`): not a fault, and nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        return _system_error(error, arguments)
     except Exception as error:
         return _unexpected(error, arguments)
     return 0
+
+
+def _system_error(error: OSError, arguments: list[str]) -> int:
+    """The system's refusals are not this program's faults: a full disk, a read-only or vanished place."""
+    if error.errno not in _SYSTEM_REFUSALS or not error.strerror:
+        return _unexpected(error, arguments)
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    fix = "free some space" if full else "mend it"
+    _say(f"error: {where}{error.strerror.lower()}\n  -> {fix} and run the same command again; work is kept")
+    return EXIT_USER
 
 
 def _unexpected(error: Exception, arguments: list[str]) -> int:

@@ -69,6 +69,7 @@ class EvalSpec:
     Attributes:
         text: a plain or ``.jsonl`` file.
         text_label: how reports name it.
+        text_is_shipped: whether it is one of the package's own texts.
         tokens: how many of its tokens are read, or None for all.
         context: tokens of one window.
         tasks: shipped lm-eval task -> how many of its items to use, None for all.
@@ -81,6 +82,7 @@ class EvalSpec:
     context: int
     tasks: Mapping[str, int | None] = field(default_factory=dict)
     seed: int = 0
+    text_is_shipped: bool = False
 
 
 @dataclass(frozen=True)

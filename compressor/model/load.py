@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,6 +106,22 @@ def load_checkpoint_model(
     groups = quantization.get("config_groups", {}).values()
     simulated = via == "transformers" if any(group.get("input_activations") for group in groups) else None
     return LoadedCheckpoint(set_dtype(model, dtype), via, simulated)
+
+
+def check_known(config: Mapping[str, Any], label: str) -> None:
+    """Refuses a model that transformers does not know, before its weights are compressed.
+
+    Raises:
+        CheckpointError: unknown ``model_type``: the result could not be loaded back.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"transformers does not know model_type {model_type!r}, so the result could not be checked",
+            where=label,
+        )
 
 
 def load_tokenizer(source: Source | Path) -> PreTrainedTokenizerBase:

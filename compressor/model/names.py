@@ -4,6 +4,8 @@
 match an entry ``re:PATTERN`` with ``re.match`` and any other entry by equality (compressed-tensors 0.19
 ``utils/match.py``, vLLM 0.32 ``config_utils.py`` is_equal_or_regex_match), so every regex here ends in ``$``.
 Leaf names are spelled out: vLLM asks for the shards of a fused layer (``qkv_proj`` as q, k and v) one by one.
+Where vLLM renames the modules of a checkpoint (models with towers), it maps plain names and leaves regexes as
+they are (compressed_tensors.py apply_vllm_mapper), so that only ``exact`` entries still match.
 
 Legend: O out_features, I in_features.
 """
@@ -76,18 +78,58 @@ def _view(tensor: torch.Tensor, part: LinearPart) -> torch.Tensor:
 _Kind = tuple[str | None, ...]
 _Numbers = tuple[str, ...]
 _ANY = r"\d+"
+_EXPERTS = re.compile(r"(?P<experts>(?:.*\.)?experts)\.")
+# What vLLM asks for of a layer of experts: three matrices of expert 0, by either model's names for them
+# (compressed_tensors_moe.py get_moe_method, ckpt_gate_proj_name and so on).
+_FIRST_EXPERT = ("0.gate_proj", "0.up_proj", "0.down_proj", "0.w1", "0.w2", "0.w3")
 
 
-def target_patterns(chosen: Set[str], all_linear: Set[str]) -> list[str]:
+def target_patterns(chosen: Set[str], all_linear: Set[str], *, exact: bool = False) -> list[str]:
     """Few ``targets`` or ``ignore`` entries that match ``chosen`` and nothing else of ``all_linear``.
 
     Numbers become ``\\d+`` where every known name so matched is chosen, else alternatives; siblings under one
-    parent become alternatives of one entry; a module alone is written by its name.
+    parent become alternatives of one entry; a module alone is written by its name. With ``exact`` every
+    module is.
 
     Raises:
         CheckpointError: a name cannot be written as an entry (it starts with ``re:`` or has a line break).
     """
     assert chosen <= all_linear, "chosen modules must be known modules"
+    entries = sorted(chosen) if exact else _few(chosen, all_linear)
+    _check(entries, chosen, all_linear)
+    return entries
+
+
+def expert_patterns(tensor_names: Iterable[str], *, exact: bool = False) -> list[str]:
+    """``ignore`` entries for experts that stay in one fused tensor, by every name that engines may ask for.
+
+    vLLM looks experts up one by one (``experts.0.gate_proj``), and takes those that no entry matches for
+    quantized ones, although the checkpoint has no modules of such names.
+
+    Args:
+        tensor_names: parameters that are copied as they are (``model.layers.3.mlp.experts.gate_up_proj``);
+            those outside of ``experts`` are passed over.
+        exact: plain names of expert 0, the one that vLLM asks for, instead of regexes over all of them.
+    """
+    owners = {found["experts"] for name in tensor_names if (found := _EXPERTS.match(name))}
+    if exact:
+        names = {f"{owner}.{leaf}" for owner in owners for leaf in _FIRST_EXPERT}
+        return target_patterns(names, names, exact=True)
+    # Only the first number is joined, and never to \d+: other layers' experts may be quantized.
+    firsts: dict[tuple[_Kind, _Numbers], list[str]] = defaultdict(list)
+    for kind, choices in _by_kind(owners).items():
+        for choice in choices:
+            firsts[kind, choice[1:]] += choice[:1]
+    entries = []
+    for (kind, rest), numbers in firsts.items():
+        patterns = iter((_alternatives(numbers), *rest) if numbers else ())
+        components = [next(patterns) if c is None else re.escape(c) for c in kind]
+        entries.append("re:" + r"\.".join(components) + r"\..*$")
+    return sorted(entries)
+
+
+def _few(chosen: Set[str], all_linear: Set[str]) -> list[str]:
+    """Names and regexes, as ``target_patterns`` describes them."""
     known_by_kind = _by_kind(all_linear)
     entries: list[str] = []
     leaves_by_parent: dict[tuple[_Kind, _Numbers], list[str]] = defaultdict(list)
@@ -100,7 +142,6 @@ def target_patterns(chosen: Set[str], all_linear: Set[str]) -> list[str]:
             else:
                 leaves_by_parent[tuple(parent), choice].append(leaf)
     entries += [_entry(parent, choice, leaves) for (parent, choice), leaves in leaves_by_parent.items()]
-    _check(entries, chosen, all_linear)
     return sorted(entries)
 
 

@@ -60,10 +60,14 @@ def claim_tensors(
     """
     rules = _rules(weights)
     is_tied = tied(config, headers)
-    faults: list[UserError] = []
+    refused: dict[tuple[str, str], list[str]] = defaultdict(list)
     claims = [
-        _claim(header, family.role(header, config), rules, weights, is_tied, faults)
+        _claim(header, family.role(header, config), rules, weights, is_tied, refused)
         for header in headers.values()
+    ]
+    faults = [
+        UserError(f"{problem}: {_some(names)}", where=rule, fix="leave these out of the rule")
+        for (rule, problem), names in refused.items()
     ]
     claims = _unfuse_copied_experts(claims)
     faults += _unmatched(rules, headers)
@@ -96,7 +100,7 @@ def _claim(
     rules: list[_Rule],
     weights: WeightsSection,
     is_tied: bool,
-    faults: list[UserError],
+    refused: dict[tuple[str, str], list[str]],
 ) -> Claim:
     names = [header.name, header.name.removesuffix(".weight"), *(part.module for part in role.parts)]
     # Every rule looks at every tensor, so that a shadowed pattern is not reported as matching nothing.
@@ -110,8 +114,7 @@ def _claim(
         return _copy(header, role, key, reason)
     problem = _not_quantizable(header, role, rule.scheme, is_tied)
     if problem is not None:
-        what = f"{header.name} {problem}"
-        faults.append(UserError(what, where=rule.key, fix="leave it out of the rule"))
+        refused[rule.key, problem].append(header.name)
         return _copy(header, role, rule.key, problem)
     outputs = tuple(
         output
@@ -127,7 +130,7 @@ def _not_quantizable(header: TensorHeader, role: Role, scheme: Scheme, is_tied: 
     if role.kind == "other" or not role.parts:
         return f"cannot be quantized ({role.reason})"
     if header.dtype not in FLOAT_DTYPES:
-        return f"is stored as {header.dtype}, not as floating point"
+        return f"stored as {header.dtype}, not as floating point"
     if role.kind in ("embedding", "lm_head"):
         return embedding_problem(role, scheme, tied=is_tied)
     return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from compressor.model.families import text_config
 
@@ -20,6 +20,8 @@ Config = Mapping[str, Any]
 _STATE_BYTES = 2  # convolution states, and Mamba's, are kept in the model's 16-bit type
 _DELTA_STATE_BYTES = 4  # the gated delta rule accumulates in fp32
 _MAX_LAYERS = 10_000  # a config with more is not a model
+_MAX_NUMBER = 2**53  # nor is one with larger numbers: floats hold these exactly
+_SHOWN = 40  # characters of a value in a reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def kv_bytes(config: dict[str, Any], tokens: int, *, bits: int = 16) -> tuple[Kv
     model_type = str(text.get("model_type") or f"{config.get('model_type')}_text")
     architecture = _ARCHITECTURES.get(model_type) or _ARCHITECTURES.get(f"{model_type}_text")
     if architecture is None:
-        return None, f"how the cache of model_type {model_type!r} is laid out is not known"
+        return None, f"how the cache of model_type {_shown(model_type)} is laid out is not known"
     try:
         parts = _parts({**architecture.defaults, **text}, architecture, bits)
     except _CannotTell as cannot:
@@ -103,21 +105,33 @@ def kv_bytes(config: dict[str, Any], tokens: int, *, bits: int = 16) -> tuple[Kv
 def full_context(config: dict[str, Any]) -> int | None:
     """``max_position_embeddings`` of the language model, in tokens, or None where the config has none."""
     found = text_config(config).get("max_position_embeddings")
-    return found if isinstance(found, int) and found > 0 else None
+    return found if _is_int(found, least=1) else None
 
 
-def _int(config: Config, key: str) -> int:
-    """A positive integer of the config."""
+def _is_int(found: object, *, least: int) -> TypeGuard[int]:
+    """Whether a value of the config is an integer of sane size; ``true`` is none."""
+    return type(found) is int and least <= found < _MAX_NUMBER
+
+
+def _int(config: Config, key: str, *, least: int = 1) -> int:
+    """An integer of the config, at least ``least``."""
     found = config.get(key)
-    if not isinstance(found, int) or isinstance(found, bool) or found <= 0:
-        raise _CannotTell(f"{key} of the config is {found!r}, not a positive number")
+    if not _is_int(found, least=least):
+        wanted = "a positive number" if least else "a number"
+        raise _CannotTell(f"{key} of the config is {_shown(found)}, not {wanted}")
     return found
+
+
+def _shown(found: object) -> str:
+    text = repr(found)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def _parts(config: Config, architecture: _Architecture, bits: int) -> list[KvPart]:
     """The parts of a config whose missing keys were filled in."""
     kinds = _layer_kinds(config, architecture)
-    shared = config.get("num_kv_shared_layers") or 0
+    stated = config.get("num_kv_shared_layers")
+    shared = 0 if stated is None else _int(config, "num_kv_shared_layers", least=0)
     if 0 < shared < len(kinds):
         kinds = kinds[:-shared]
     return [_PART[kind](config, layers, bits) for kind, layers in Counter(kinds).items()]
@@ -127,7 +141,7 @@ def _layer_kinds(config: Config, architecture: _Architecture) -> list[str]:
     """Kind of every layer: ``layer_types`` where the config has them, else the architecture's own rule."""
     count = _int(config, "num_hidden_layers")
     if count > _MAX_LAYERS:
-        raise _CannotTell(f"num_hidden_layers of the config is {count}")
+        raise _CannotTell(f"num_hidden_layers of the config is {count}, more than {_MAX_LAYERS}")
     types = config.get("layer_types")
     if types is None:
         return architecture.kinds(config, count)
@@ -142,7 +156,7 @@ def _layer_kinds(config: Config, architecture: _Architecture) -> list[str]:
     kinds = [known.get(str(found), "") for found in types]
     if not all(kinds):
         raise _CannotTell(
-            f"layer_types of the config have {types[kinds.index('')]!r}, whose cache is not known"
+            f"layer_types of the config have {_shown(types[kinds.index('')])}, whose cache is not known"
         )
     return kinds
 
@@ -157,6 +171,8 @@ def _attention(config: Config, layers: int, bits: int, kind: str, window_key: st
     )
     if config.get("head_dim") is None:
         head_dim = _int(config, "hidden_size") // attention_heads
+        if head_dim == 0:
+            raise _CannotTell("hidden_size of the config is below num_attention_heads")
     else:
         head_dim = _int(config, "head_dim")
     window = None if window_key is None else _int(config, window_key)
@@ -242,9 +258,7 @@ def _window_if_set(config: Config, count: int) -> list[str]:
 def _window_above(config: Config, count: int) -> list[str]:
     if not config.get("use_sliding_window") or config.get("sliding_window") is None:
         return ["full"] * count
-    first = config.get("max_window_layers")
-    if not isinstance(first, int):
-        raise _CannotTell(f"max_window_layers of the config is {first!r}")
+    first = _int(config, "max_window_layers", least=0)
     return ["sliding" if layer >= first else "full" for layer in range(count)]
 
 
@@ -274,7 +288,7 @@ def _llama4(config: Config, count: int) -> list[str]:
 
 
 def _jamba(config: Config, count: int) -> list[str]:
-    period, offset = _int(config, "attn_layer_period"), config.get("attn_layer_offset")
+    period, offset = _int(config, "attn_layer_period"), _int(config, "attn_layer_offset", least=0)
     return ["full" if layer % period == offset else "mamba" for layer in range(count)]
 
 

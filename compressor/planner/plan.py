@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +16,9 @@ from compressor.errors import PlanError, UserError
 from compressor.evals.base import SHIPPED_TASKS, EvalSpec
 from compressor.model.families import family_for
 from compressor.planner.claims import claim_tensors
+from compressor.planner.kv_bytes import full_context
 from compressor.planner.layout import group_units, pack_shards
+from compressor.planner.places import check_disk, check_places, check_text
 from compressor.planner.predict import Prediction, RuleRow, predict, rule_rows
 from compressor.recipe.load import LoadedRecipe
 from compressor.stages.base import Claim, Shard
@@ -81,8 +81,8 @@ def make_plan(
         UserError: the source cannot be opened at all.
     """
     recipe = loaded.recipe
-    output = (output or Path("out") / recipe.name).absolute()
-    space = Workspace((workspace or output.parent / ".compress-workspace").absolute())
+    output = (output or Path("out") / recipe.name).resolve()
+    space = Workspace((workspace or output.parent / ".compress-workspace").resolve())
     source = open_source(
         recipe.model.source,
         revision=recipe.model.revision,
@@ -93,7 +93,7 @@ def make_plan(
         planning=planning,
     )
     faults: list[UserError] = []
-    evaluation = _collect(faults, lambda: evaluation_spec(loaded))
+    evaluation = _collect(faults, lambda: evaluation_spec(loaded, full_context(source.config)))
     family = family_for(source.config)
     claims = _collect(faults, lambda: claim_tensors(source.headers, source.config, family, recipe.weights))
     if claims is None or faults:
@@ -102,12 +102,8 @@ def make_plan(
     # Only Hub sources have a revision: their shards are downloaded into the workspace.
     download = sum(header.nbytes for header in source.headers.values()) if source.revision else 0
     prediction = predict(claims, units, source.config, download)
-    _check_output(output, faults)
-    if not planning:
-        _check_disk(prediction, space, faults)
-    if faults:
-        raise PlanError(faults)
-    return Plan(
+    check_places(output, space.root, source.model_dir() if source.revision is None else None, faults)
+    plan = Plan(
         loaded=loaded,
         source=source,
         family=family.name,
@@ -122,6 +118,11 @@ def make_plan(
         workspace=space,
         warnings=tuple(_warnings(loaded, source)),
     )
+    if not planning:
+        check_disk(prediction, output, space, stream_key(plan), faults)
+    if faults:
+        raise PlanError(faults)
+    return plan
 
 
 def stream_key(plan: Plan) -> str:
@@ -133,6 +134,8 @@ def stream_key(plan: Plan) -> str:
                 claim.action,
                 claim.scheme.model_dump(mode="json") if claim.scheme else None,
                 claim.solver.model_dump(mode="json") if claim.solver else None,
+                asdict(claim.role),
+                [[output.name, output.dtype, output.shape] for output in claim.outputs],
             ]
             for claim in plan.claims
         ],
@@ -142,8 +145,10 @@ def stream_key(plan: Plan) -> str:
     return stage_key("stream", STREAM_VERSION, spec, [plan.source.fingerprint])
 
 
-def evaluation_spec(loaded: LoadedRecipe) -> EvalSpec | None:
+def evaluation_spec(loaded: LoadedRecipe, longest: int | None) -> EvalSpec | None:
     """The recipe's ``evaluate`` section with its files found and its names checked.
+
+    ``longest`` is the model's context, in tokens, if it is known.
 
     Raises:
         PlanError: a missing text, an unknown task or metric; all of them together.
@@ -152,7 +157,10 @@ def evaluation_spec(loaded: LoadedRecipe) -> EvalSpec | None:
     if section is None:
         return None
     faults: list[UserError] = []
-    text = _collect(faults, lambda: data.find(section.text, beside=loaded.folder, what="evaluation text"))
+    text = _collect(faults, lambda: check_text(section.text, loaded.folder))
+    if longest is not None and section.context > longest:
+        what = f"windows of {section.context} tokens are longer than the model's context of {longest}"
+        faults.append(UserError(what, where="evaluate.context", fix=f"set it to {longest} at most"))
     for index, task in enumerate(section.tasks):
         if task.name not in SHIPPED_TASKS:
             faults.append(
@@ -174,6 +182,7 @@ def evaluation_spec(loaded: LoadedRecipe) -> EvalSpec | None:
         context=section.context,
         tasks=tasks,
         seed=loaded.recipe.seed,
+        text_is_shipped=text.is_relative_to(data.shipped_root() / "calibration"),
     )
 
 
@@ -193,44 +202,6 @@ def _collect(faults: list[UserError], make: Callable[[], T]) -> T | None:
     except UserError as error:
         faults.append(error)
     return None
-
-
-def _check_output(output: Path, faults: list[UserError]) -> None:
-    """A path that no result can go to; whether a finished result may stay is the runner's question."""
-    if output.exists() and not output.is_dir():
-        faults.append(
-            UserError("the output path is a file", where=str(output), fix="choose another --output")
-        )
-    elif output.is_dir() and any(output.iterdir()) and not (output / "manifest.json").exists():
-        faults.append(
-            UserError(
-                "the output folder is not empty",
-                where=str(output),
-                fix="choose another --output, or move it away",
-            )
-        )
-
-
-def _check_disk(prediction: Prediction, space: Workspace, faults: list[UserError]) -> None:
-    """The plan's disk need against what is free where the workspace will be."""
-    place = space.root
-    while not place.exists():
-        place = place.parent
-    if not os.access(place, os.W_OK):
-        faults.append(
-            UserError("the folder is not writable", where=str(place), fix="choose another --output")
-        )
-        return
-    held = sum(entry.nbytes for entry in space.entries())
-    free = shutil.disk_usage(place).free + held
-    if prediction.disk_bytes > free:
-        faults.append(
-            UserError(
-                f"the plan needs {prediction.disk_bytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free",
-                where=str(place),
-                fix="free some space (`compress clean` shows the workspace) or choose another --output",
-            )
-        )
 
 
 def _warnings(loaded: LoadedRecipe, source: Source) -> list[str]:

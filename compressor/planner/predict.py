@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from compressor.model.families import tied
 from compressor.planner.kv_bytes import KvBytes, full_context, kv_bytes
 from compressor.stages.base import Claim, Unit
 
 GPU_MEMORY_GB = (24, 48, 80, 141)
 # vLLM's default --gpu-memory-utilization; the rest is its activations and the driver's context.
 GPU_USABLE = 0.9
-# Python with torch, transformers and compressed-tensors loaded, before any weight.
-BASE_RSS_BYTES = 900 << 20
-# Peak of one solve over the fp32 bytes of its largest matrix, plus one unit read ahead (bench/README.md).
-SOLVE_COPIES = 4
+# Python with torch, transformers and compressed-tensors loaded, before any weight: 571 MB were measured.
+BASE_RSS_BYTES = 700_000_000
+# Temporaries of a solve: chunks of rows, bounded; a small matrix is one chunk, with three fp32 copies.
+CHUNK_BYTES = 400_000_000
+CHUNK_COPIES = 3
 # Source bytes a second of a tensor that is copied (scripts/bench.py stream, rounded down).
 RATE_COPY = 400e6
 
@@ -40,7 +42,8 @@ class RuleRow:
 class Prediction:
     """Everything that the plan states in numbers; bytes are bytes, seconds are seconds.
 
-    ``source_bytes`` counts the source in 16 bit; both bits-per-weight figures count scales
+    ``source_bytes`` counts the source in 16 bit, and like ``parameters`` a tied pair of embedding and head
+    once, though both be stored; both bits-per-weight figures count scales
     (``bits_per_weight`` over all parameters, ``bits_per_target_weight`` over those that rules quantize). GPU
     counts are by memory size in GB: with one request at full context, and for the weights alone.
     """
@@ -93,11 +96,12 @@ def predict(
     claims: Sequence[Claim], units: Sequence[Unit], config: dict[str, Any], source_download_bytes: int
 ) -> Prediction:
     """The plan's numbers; ``source_download_bytes`` is what a Hub source will put on disk."""
-    parameters = sum(claim.tensor.numel for claim in claims)
+    counted = _tied_once(claims, config)
+    parameters = sum(claim.tensor.numel for claim in counted)
     targets = [claim for claim in claims if claim.scheme is not None]
     target_parameters = sum(claim.tensor.numel for claim in targets)
     result_bytes = sum(claim.result_bytes for claim in claims)
-    source_bytes = sum(claim.bytes_16bit for claim in claims)
+    source_bytes = sum(claim.bytes_16bit for claim in counted)
     context = full_context(config)
     kv, kv_reason = kv_bytes(config, context) if context else (None, "no max_position_embeddings")
     kv_full = kv.total_bytes if kv else 0
@@ -122,6 +126,14 @@ def predict(
     )
 
 
+def _tied_once(claims: Sequence[Claim], config: dict[str, Any]) -> list[Claim]:
+    """The claims without a stored head that is the stored embedding once more."""
+    kinds = {claim.role.kind for claim in claims}
+    if "embedding" not in kinds or not tied(config, [claim.tensor.name for claim in claims]):
+        return list(claims)
+    return [claim for claim in claims if claim.role.kind != "lm_head"]
+
+
 def gpus_needed(weight_bytes: int, kv_bytes_full: int) -> dict[int, int]:
     """GPUs of each memory size (GB) that hold the weights and a KV cache of ``kv_bytes_full``.
 
@@ -132,20 +144,26 @@ def gpus_needed(weight_bytes: int, kv_bytes_full: int) -> dict[int, int]:
 
 
 def _peak_rss(units: Sequence[Unit]) -> int:
-    """Base + the largest matrix's fp32 temporaries + what is read for it and ahead of it."""
-    largest_read = 0
-    largest_solve = 0
+    """Base + twice the most that is read at once (the next is read ahead) + the solve of the largest matrix:
+    what it decodes to in fp32, and temporaries.
+    """
+    largest_read = largest_matrix = 0
     for unit in units:
+        # What is solved together -> the reads it takes: a tensor, or one expert of it.
+        solved: dict[str, dict[tuple[str, int | None], int]] = defaultdict(dict)
         for claim in unit.claims:
             if claim.scheme is None:
                 largest_read = max(largest_read, claim.tensor.nbytes)
                 continue
-            matrix = max(part.out_features * part.in_features for part in claim.role.parts)
-            largest_solve = max(largest_solve, 4 * matrix * SOLVE_COPIES)
-            width = claim.tensor.nbytes // max(1, claim.tensor.numel)
-            experts = claim.tensor.shape[0] if claim.role.parts[0].expert is not None else 1
-            largest_read = max(largest_read, claim.tensor.numel // experts * width)
-    return BASE_RSS_BYTES + 2 * largest_read + largest_solve
+            for part in claim.role.parts:
+                group = part.fuse_group if claim.scheme.shares_tensor_scale else None
+                experts = claim.tensor.shape[0] if part.expert is not None else 1
+                read = solved[group or part.module]
+                read[claim.tensor.name, part.expert] = claim.tensor.nbytes // experts
+                largest_matrix = max(largest_matrix, part.out_features * part.in_features)
+        largest_read = max([largest_read, *(sum(read.values()) for read in solved.values())])
+    decoded = 4 * largest_matrix
+    return BASE_RSS_BYTES + 2 * largest_read + decoded + min(CHUNK_BYTES, CHUNK_COPIES * decoded)
 
 
 def _seconds(claim: Claim) -> float:

@@ -174,7 +174,7 @@ class EvaluateSection(Section):
         description="Held-out text for perplexity and KL: UTF-8, plain or JSON lines with the field `text`. "
         "Looked for from the current folder, beside the recipe, then among the shipped files.",
     )
-    tokens: Count = Field(default=16384, description="How many tokens of it are scored.")
+    tokens: Count = Field(default=16384, ge=2, description="How many tokens of it are read.")
     context: Window = Field(
         default=1024, description="Tokens in one window; each window is scored on its own."
     )

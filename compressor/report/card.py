@@ -118,7 +118,7 @@ def _done(report: Report) -> str:
         ]
     worst = rows.worst_rows(report)
     if worst:
-        parts += ["Hurt most:", _table(("scheme", "tensor", "relative squared error"), worst, left=2)]
+        parts += ["Largest errors:", _table(("scheme", "tensor", "relative squared error"), worst, left=2)]
     note = rows.source_caption(report)
     return "\n\n".join([*parts, *([_caption(note)] if note else [])])
 
@@ -127,6 +127,7 @@ def _serving(report: Report) -> str:
     parts = [
         "## How to serve",
         fenced(report.serve.command, "bash"),
+        "The path is that of this folder; the Hub id of a published copy does as well.",
         "Then, from another terminal:",
         fenced(request_command(report.serve.model), "bash"),
     ]

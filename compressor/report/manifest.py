@@ -52,6 +52,7 @@ class Manifest(_Record):
     """The layout of ``manifest.json``; ``files``: every file but the manifest, by relative POSIX path."""
 
     schema_version: Literal[1] = 1
+    key: str
     source: SourceIdentity
     seed: int
     versions: dict[str, str]
@@ -62,6 +63,7 @@ class Manifest(_Record):
 def write_manifest(
     folder: Path,
     *,
+    key: str,
     source: Source,
     versions: Mapping[str, str],
     seed: int,
@@ -82,6 +84,7 @@ def write_manifest(
     }
     progress.finish()
     manifest = Manifest(
+        key=key,
         source=SourceIdentity(label=source.label, revision=source.revision, fingerprint=source.fingerprint),
         seed=seed,
         versions=dict(versions),

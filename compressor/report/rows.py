@@ -114,7 +114,7 @@ def quality_rows(quality: Quality) -> list[Measured]:
         Measured("perplexity", number(perplexity.source, 3), number(perplexity.result, 3), change, "-"),
         Measured("KL divergence, mean (nats/token)", "0", number(quality.kl.mean, 5), "-", "-"),
         Measured("KL divergence, 99.9th percentile", "0", number(quality.kl.p999, 4), "-", "-"),
-        Measured("same top token", "100.0%", percent(quality.top1_agreement), "-", "-"),
+        Measured("top-1 agreement", "100.0%", percent(quality.top1_agreement), "-", "-"),
     ]
     return rows + list(_task_rows(quality))
 

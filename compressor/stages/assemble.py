@@ -12,7 +12,8 @@ from compressor.checkpoint.hf_config import quantization_config, result_config
 from compressor.checkpoint.safetensors_file import read_header
 from compressor.checkpoint.safetensors_writer import shard_names, write_index
 from compressor.errors import CheckpointError
-from compressor.model.names import module_of
+from compressor.model.families import text_config, tied
+from compressor.model.names import expert_patterns, module_of
 from compressor.schemes.base import Scheme
 from compressor.stages.base import Claim, Shard
 from compressor.workspace import write_json
@@ -72,21 +73,31 @@ def link_or_copy(source: Path, target: Path) -> None:
 def _config(source: Source, claims: Sequence[Claim]) -> dict[str, object]:
     by_scheme: dict[Scheme, list[str]] = {}
     left: list[str] = []
-    embeddings = set()
+    fused_experts: list[str] = []
+    ends = set()
     for claim in claims:
         modules = [part.module for part in claim.role.parts]
         if claim.scheme is not None:
             by_scheme.setdefault(claim.scheme, []).extend(modules)
-            if claim.role.kind == "embedding":
-                embeddings.update(modules)
+            if claim.role.kind in ("embedding", "lm_head"):
+                ends.update(modules)
         elif claim.role.kind in ("linear", "lm_head"):
             left += modules
-        elif claim.role.kind == "other" and len(claim.tensor.shape) == 2:
+        elif len(claim.tensor.shape) == 2 and claim.role.kind == "other":
             # Routers, vision towers: linear modules that the engine must not take for quantized ones.
             left.append(module_of(claim.tensor.name))
-    if source.config.get("tie_word_embeddings") and "lm_head" not in left:
+        elif len(claim.tensor.shape) == 3:
+            fused_experts.append(claim.tensor.name)
+    if tied(source.config, source.headers) and "lm_head" not in left:
         left.append("lm_head")
-    quantization = quantization_config(by_scheme, left, frozenset(embeddings))
+    quantization = quantization_config(
+        by_scheme,
+        left,
+        frozenset(ends),
+        # Engines rename the modules of models with towers, and map plain names only.
+        exact=text_config(source.config) is not source.config,
+        ignored=expert_patterns(fused_experts),
+    )
     narrowed = any(
         claim.action == "copy" and claim.outputs[0].dtype != claim.tensor.dtype for claim in claims
     )

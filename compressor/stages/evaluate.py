@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from compressor.budget.gates import gate_values
 from compressor.checkpoint.base import Source
-from compressor.errors import CheckpointError
+from compressor.device import available_memory_bytes
+from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import EvalResult, EvalSpec
 from compressor.progress import Progress
 from compressor.stages.base import Claim
+from compressor.workspace import Workspace
 
 if TYPE_CHECKING:
     from compressor.model.load import LoadedCheckpoint
@@ -23,25 +24,31 @@ _BYTES_PER_WEIGHT = 4
 _ROOM_BYTES = 2 << 30
 
 
+def memory_needed(claims: Sequence[Claim], spec: EvalSpec | None) -> int:
+    """Bytes that loading the result, and for an evaluation the source beside it, takes."""
+    models = 1 if spec is None else 2
+    return models * _BYTES_PER_WEIGHT * sum(claim.tensor.numel for claim in claims) + _ROOM_BYTES
+
+
 def evaluate_stage(
     source: Source, checkpoint: Path, claims: Sequence[Claim], spec: EvalSpec | None, progress: Progress
 ) -> dict[str, Any]:
     """Facts for the report: ``evaluation`` (or None), ``gate_values``, and how the checkpoint was reloaded.
 
-    A model that does not fit into this machine's memory is not loaded; the facts and a warning say so.
-
     Raises:
         CheckpointError: transformers cannot load the result, or it computes NaN.
-        UserError: an unusable text.
+        UserError: too little memory, or an unusable text.
     """
-    models = 1 if spec is None else 2
-    needed = models * _BYTES_PER_WEIGHT * sum(claim.tensor.numel for claim in claims) + _ROOM_BYTES
-    available = psutil.virtual_memory().available
+    needed, available = memory_needed(claims, spec), available_memory_bytes()
     if needed > available:
-        progress.warn(
-            f"the result was not loaded back: that needs {needed / 1e9:.0f} GB of memory, "
-            f"{available / 1e9:.0f} GB are free; nothing was measured"
-        )
+        short = f"that needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free"
+        if spec is not None:
+            raise UserError(
+                f"the result cannot be measured here: {short}; the compressed weights are kept",
+                where="evaluate",
+                fix="run the same command where there is more, or export unmeasured: --set evaluate=null",
+            )
+        progress.warn(f"the result is checked by names, shapes and dtypes, but not loaded back: {short}")
         return {"evaluation": None, "gate_values": {}, "reloaded": None}
     result = reload(checkpoint, claims)
     if spec is None:
@@ -52,6 +59,22 @@ def evaluate_stage(
         "gate_values": gate_values(measured),
         "reloaded": measured.loaded_via,
     }
+
+
+def check_tokens(source: Source, spec: EvalSpec, space: Workspace) -> None:
+    """Tokenizes the text before the weights are compressed: a text too short costs seconds, not hours.
+
+    Raises:
+        CheckpointError: the source has no tokenizer that transformers can load.
+        UserError: an unusable text.
+    """
+    from compressor.evals.text import tokens_from_text
+    from compressor.model.load import load_tokenizer
+
+    space.partials.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="tokenizer.tmp-", dir=space.partials) as folder:
+        source.write_side_files(Path(folder))
+        tokens_from_text(load_tokenizer(Path(folder)), spec.text, spec.tokens)
 
 
 def reload(checkpoint: Path, claims: Sequence[Claim]) -> LoadedCheckpoint:

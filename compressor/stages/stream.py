@@ -139,7 +139,8 @@ def _read(source: Source, job: _Job) -> list[torch.Tensor]:
 
 def _read_ahead(source: Source, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, list[torch.Tensor]]]:
     """Reads the next job's tensors while the present one is being solved."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+    try:
         pending = reader.submit(_read, source, jobs[0]) if jobs else None
         for index, job in enumerate(jobs):
             assert pending is not None
@@ -147,6 +148,9 @@ def _read_ahead(source: Source, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, li
             following = index + 1 < len(jobs)
             pending = reader.submit(_read, source, jobs[index + 1]) if following else None
             yield job, tensors
+    finally:
+        # An interrupted run does not wait for what is being read.
+        reader.shutdown(wait=False, cancel_futures=True)
 
 
 def _importance(source: Source, job: _Job) -> torch.Tensor | None:
@@ -185,6 +189,12 @@ def _solve(
 def _write_copy(claim: Claim, tensor: torch.Tensor, writer: ShardWriter) -> None:
     import torch
 
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise CheckpointError(
+            "the tensor has non-finite values (NaN or infinite)",
+            where=claim.tensor.name,
+            fix="the source is damaged or was saved wrongly: fetch it again",
+        )
     if claim.outputs[0].dtype != claim.tensor.dtype:
         tensor = tensor.to(torch.bfloat16)
     if claim.outputs[0].name == claim.tensor.name:

@@ -7,12 +7,20 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.checkpoint.folder import FolderSource
+from compressor.checkpoint.folder import (
+    MAX_SAMPLES,
+    SAMPLE_BYTES,
+    FolderSource,
+    file_samples,
+    sample_step,
+)
+from compressor.checkpoint.layout import card_license, is_side_file
 from compressor.errors import CheckpointError
 from tests.tiny import tiny_llama, tiny_llama4
 
@@ -78,6 +86,69 @@ def test_side_files(originals: Path, tmp_path: Path) -> None:
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
+CARRIED = (
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model.v3",
+    "cl100k.tiktoken",
+    "additional_chat_templates/tool_use.jinja",
+)
+
+
+def test_side_files_of_other_tokenizers(originals: Path, tmp_path: Path) -> None:
+    """They go along, templates in their folder; folders, temporary files and what is no template stay."""
+    folder = Path(shutil.copytree(originals / "single", tmp_path / "model"))
+    (folder / "additional_chat_templates" / "nested.jinja").mkdir(parents=True)
+    for name in (*CARRIED, "LICENSE.tmp-1", "additional_chat_templates/notes.txt", "NOTICE\n"):
+        (folder / name).write_text(name)
+    (folder / "LICENSES").mkdir()
+    (folder / "LICENSES" / "MIT.txt").write_text("MIT")
+    out = tmp_path / "out"
+    out.mkdir()
+    names = FolderSource(folder).write_side_files(out)
+    assert set(CARRIED) < set(names)
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == set(names)
+    assert not {name for name in names if "tmp" in name or "LICENSE" in name or "notes" in name}
+    assert (out / CARRIED[-1]).read_text() == CARRIED[-1]
+
+
+@pytest.mark.parametrize(
+    "name, carried",
+    [
+        ("original/tokenizer.model", False),
+        ("LICENSE/../../evil", False),
+        ("original/x.tiktoken", False),
+        ("additional_chat_templates/a/b.jinja", False),
+        ("../additional_chat_templates/b.jinja", False),
+        ("additional_chat_templates/rag.jinja", True),
+        ("additional_chat_templates/rag.tmp-7.jinja", False),
+        ("tokenizer.model.v11", True),
+        ("tokenizer.model.values", False),
+        ("LICENSE-2.0", True),
+        ("LICENSE\udcff", False),
+    ],
+)
+def test_names_of_side_files(name: str, carried: bool) -> None:
+    """Of subfolders only the templates', and no name that leads elsewhere or is temporary."""
+    assert is_side_file(name) == carried
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "LICENSE", "additional_chat_templates/t.jinja", "NOTICE-dangling"]
+)
+def test_side_file_that_is_a_link_out_is_refused_at_once(sharded: Path, name: str) -> None:
+    """When the folder is opened, not when the result is put together."""
+    target = sharded.parent / "secret"
+    if "dangling" not in name:
+        target.write_text("secret")
+    (sharded / name).parent.mkdir(exist_ok=True)
+    (sharded / name).unlink(missing_ok=True)
+    (sharded / name).symlink_to(target)
+    with pytest.raises(CheckpointError, match=f"{name} is a link out of the folder"):
+        FolderSource(sharded)
+
+
 def test_fingerprint(originals: Path, sharded: Path) -> None:
     """Equal for a copy; changes with a weight, the config or a shape, though sizes stay."""
     first = FolderSource(originals / "sharded").fingerprint
@@ -102,6 +173,62 @@ def test_change_while_in_use(sharded: Path) -> None:
         os.utime(shard, (1, 1))
     with pytest.raises(CheckpointError, match="changed while it was in use"):
         source.read(name)
+
+
+def rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Saves other weights into a shard and gives it the old time of modification."""
+    before = path.stat()
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+def test_fingerprint_samples_every_tensor(originals: Path, tmp_path: Path) -> None:
+    """One projection multiplied by 3 is another source, whichever it is, even with the time put back."""
+    folder = Path(shutil.copytree(originals / "single", tmp_path / "model"))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    rewrite(path, tensors)
+    seen = {FolderSource(folder).fingerprint}
+    for name in tensors:
+        rewrite(path, {**tensors, name: tensors[name] * 3})
+        seen.add(FolderSource(folder).fingerprint)
+    assert len(seen) == 1 + len(tensors)
+
+
+def test_fingerprint_has_the_time_of_every_shard(sharded: Path) -> None:
+    """A change between the samples shows there."""
+    first = FolderSource(sharded).fingerprint
+    for path in sharded.glob("*.safetensors"):
+        times = path.stat()
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1000))
+        assert FolderSource(sharded).fingerprint != first
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert FolderSource(sharded).fingerprint == first
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_fingerprint_has_the_side_files(sharded: Path, name: str) -> None:
+    """Another tokenizer or template is another source."""
+    first = FolderSource(sharded).fingerprint
+    with (sharded / name).open("a") as file:
+        file.write(" ")
+    changed = FolderSource(sharded).fingerprint
+    (sharded / name).unlink()
+    assert len({first, changed, FolderSource(sharded).fingerprint}) == 3
+
+
+def test_samples_are_few_however_many_tensors(tmp_path: Path) -> None:
+    """Three reads a tensor until there are too many; then fewer, but still spread over all of them."""
+    assert sample_step(1) == sample_step(MAX_SAMPLES // 3) == 1
+    assert 3 * 100_000 / sample_step(100_000) <= MAX_SAMPLES
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(250)) * 20)
+    assert list(file_samples(path, [(0, 3), (1000, 2000)], 1)) == [
+        *[bytes(range(3))] * 3,
+        *[path.read_bytes()[start : start + SAMPLE_BYTES] for start in (1000, 1744, 2488)],
+    ]
+    assert len(list(file_samples(path, [(place, 1) for place in range(5000)], sample_step(100_000)))) == 1500
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
@@ -177,6 +304,24 @@ def _config_list(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
 
 
+def _edit_config(**fields: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return edit
+
+
+def _deep_config(folder: Path) -> None:
+    _edit_config()(folder)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text('{"a": ' + "[" * 500 + "]" * 500 + ", " + text[1:])
+
+
+def _large_tokenizer(folder: Path) -> None:
+    os.truncate(folder / "tokenizer.json", 200_000_001)
+
+
 def _quantized_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "compressed-tensors"}
@@ -222,6 +367,14 @@ def _gguf_only(folder: Path) -> None:
         (_config_lost, "config.json is missing"),
         (_config_broken, "config.json is not valid JSON"),
         (_config_list, "config.json is not a JSON object"),
+        (_edit_config(model_type=["llama"]), r"model_type is \['llama'\], not a name"),
+        (_edit_config(text_config={"model_type": {}}), "model_type is {}, not a name"),
+        (_edit_config(architectures=5), "architectures is 5, not a list of names"),
+        (_edit_config(architectures=["Llama", None]), "not a list of names"),
+        (_edit_config(head_dim=10**30), "'head_dim' has 10000000"),
+        (_edit_config(rope={"factors": [1, -(2**53)]}), r"'factors\[\]' has -9007199254740992, beyond"),
+        (_deep_config, "nested more than 32 deep"),
+        (_large_tokenizer, "larger than 200,000,000 bytes"),
         (_quantized_config, r"already quantized: .*\(compressed-tensors\)"),
         (_quantized_tensor, r"(?s)already quantized: tensor .* is F8_E4M3.*GGUF sources are dequantized"),
         (_no_weights, "no safetensors weights"),
@@ -246,3 +399,12 @@ def test_link_inside_is_fine(sharded: Path) -> None:
     shard(sharded, 2).symlink_to("blob")
     source = FolderSource(sharded)
     assert all(source.read(name).numel() for name in source.headers)
+
+
+def test_license_of_a_card() -> None:
+    """Found in front matter with either line ending; a card without one is told in no time."""
+    assert card_license(b"---\ntags:\n- a\nlicense: apache-2.0\n---\n") == "apache-2.0"
+    assert card_license(b"---\r\ntags: a\r\nlicense: mit\r\n---\r\n") == "mit"
+    assert card_license(b"# Model\nlicense: mit\n") is None
+    # Ambiguous line endings would take 2 to the power of the lines.
+    assert card_license(b"---\r\n" + b"tag: a\r\n" * 2000) is None

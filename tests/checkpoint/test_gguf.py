@@ -176,18 +176,33 @@ def test_refuses(tmp_path: Path, change: dict[str, Any], message: str) -> None:
 
 
 def test_fingerprint(tmp_path: Path) -> None:
-    """Equal for a copy; another type or template makes another source."""
-    first, copy, typed, templated = (
-        GgufSource(tiny_gguf(tmp_path / name, kind=kind, extra=extra)).fingerprint
-        for name, kind, extra in (
-            ("a.gguf", "Q8_0", {}),
-            ("b.gguf", "Q8_0", {}),
-            ("c.gguf", "Q4_1", {}),
-            ("d.gguf", "Q8_0", {"tokenizer.chat_template": "{{ other }}"}),
-        )
-    )
-    assert first == copy
-    assert len({first, typed, templated}) == 3
+    """Equal for a copy; another type, template, weight or time of modification makes another source."""
+    first = tiny_gguf(tmp_path / "a.gguf")
+    copy = Path(shutil.copy2(first, tmp_path / "b.gguf"))
+    typed = tiny_gguf(tmp_path / "c.gguf", kind="Q4_1")
+    templated = tiny_gguf(tmp_path / "d.gguf", extra={"tokenizer.chat_template": "{{ other }}"})
+    changed = Path(shutil.copy2(first, tmp_path / "e.gguf"))
+    tensor = read_gguf_header(first).tensors["blk.1.ffn_up.weight"]
+    content = bytearray(first.read_bytes())
+    middle = tensor.offset + tensor.nbytes // 2
+    content[middle : middle + 2] = bytes(byte ^ 1 for byte in content[middle : middle + 2])
+    changed.write_bytes(content)
+    for path in (typed, templated, changed):
+        os.utime(path, ns=(0, first.stat().st_mtime_ns))
+    touched = Path(shutil.copy2(first, tmp_path / "f.gguf"))
+    os.utime(touched, ns=(0, first.stat().st_mtime_ns + 1000))
+    others = [GgufSource(path).fingerprint for path in (typed, templated, changed, touched)]
+    assert GgufSource(first).fingerprint == GgufSource(copy).fingerprint
+    assert len({GgufSource(first).fingerprint, *others}) == 5
+
+
+def test_change_while_in_use(tmp_path: Path) -> None:
+    """A file rewritten after opening is noticed at the next read."""
+    path = tiny_gguf(tmp_path / "m.gguf")
+    source = GgufSource(path)
+    os.utime(path, (1, 1))
+    with pytest.raises(CheckpointError, match="changed while it was in use"):
+        source.read("model.norm.weight")
 
 
 @pytest.mark.slow

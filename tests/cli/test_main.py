@@ -73,7 +73,7 @@ def test_version() -> None:
         (("plan", "recipes/smollm2-nvfp4.yaml", "--set", "weights.ignore=['*.nope']"), "*.nope"),
         (("inspect", "no-such-folder"), "no-such-folder"),
         (("report", "no-such-folder"), "no-such-folder"),
-        (("eval", "no-such-folder", "--source", "x/y", "--text", "nope.txt"), "nope.txt"),
+        (("eval", "no-such-folder", "--source", "x/y", "--text", "nope.txt"), "no-such-folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )

@@ -21,5 +21,9 @@ class Family(Protocol):
     inferred: str
 
     def role(self, header: TensorHeader, config: dict[str, Any]) -> Role:
-        """What the tensor is; parts carry the module names that the engine's loader expects."""
+        """What the tensor is; parts carry the module names that the engine's loader expects.
+
+        Raises:
+            CheckpointError: the tensor has a shape that no checkpoint of the architecture can have.
+        """
         ...

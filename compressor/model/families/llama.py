@@ -1,7 +1,8 @@
 """Dense decoders that name their layers as Llama: ``self_attn.{q,k,v,o}_proj``, ``mlp.{gate,up,down}_proj``.
 
 Tensor names are those of the checkpoints that transformers 5.17 saves (``modeling_llama.py`` and the
-architectures listed); Phi-3 stores ``qkv_proj`` and ``gate_up_proj`` fused: one matrix, one scale.
+architectures listed); Phi-3 stores ``qkv_proj`` and ``gate_up_proj`` fused: one matrix, one scale, which the
+engine splits into its members.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from compressor.errors import CheckpointError
 from compressor.model.families.naming import common_role, input_norm, whole
 from compressor.spec import InputNorm, LinearPart, Role, TensorHeader
 
@@ -24,6 +25,10 @@ _EXPERTS = re.compile(
 )
 
 
+# Each expert becomes matrices of its own; a header that claims more than this is not a model's.
+MAX_EXPERTS = 65_536
+
+
 class Llama4Family:
     """Llama 4 Scout, Maverick and their text-only forms."""
 
@@ -32,7 +37,11 @@ class Llama4Family:
     inferred = ""
 
     def role(self, header: TensorHeader, config: dict[str, Any]) -> Role:
-        """Projections and experts are ``linear``; routers, norms, vision tower and projector ``other``."""
+        """Projections and experts are ``linear``; routers, norms, vision tower and projector ``other``.
+
+        Raises:
+            CheckpointError: experts that do not split into matrices.
+        """
         common = common_role(header, config)
         if common is not None:
             return common
@@ -52,9 +61,23 @@ def _input_norm(name: str) -> InputNorm | None:
     return input_norm(name, "input_layernorm", "post_attention_layernorm", 0.0)
 
 
+def _expert_shape(header: TensorHeader) -> tuple[int, int, int]:
+    """The shape ``[E, in, out]``, once every expert is known to hold weights and there are not too many."""
+    count, rows, columns = header.shape
+    if header.numel == 0 or count > MAX_EXPERTS:
+        raise CheckpointError(f"no model has experts of the shape {list(header.shape)}", where=header.name)
+    return count, rows, columns
+
+
 def _gate_up(header: TensorHeader, experts: str) -> tuple[LinearPart, ...]:
     """Gate and up ``[I, H]`` of every expert in ``[E, H, 2 * I]``; the two share a scale (vLLM: w13)."""
-    count, hidden, columns = header.shape
+    count, hidden, columns = _expert_shape(header)
+    if columns % 2:
+        raise CheckpointError(
+            f"its {columns} columns do not split into gate and up",
+            where=header.name,
+            fix="the checkpoint is broken: download it again",
+        )
     rows = columns // 2
     return tuple(
         LinearPart(
@@ -73,7 +96,7 @@ def _gate_up(header: TensorHeader, experts: str) -> tuple[LinearPart, ...]:
 
 def _down(header: TensorHeader, experts: str) -> tuple[LinearPart, ...]:
     """Down ``[H, I]`` of every expert in ``[E, I, H]``."""
-    count, intermediate, hidden = header.shape
+    count, intermediate, hidden = _expert_shape(header)
     return tuple(
         LinearPart(f"{experts}.{expert}.down_proj", hidden, intermediate, expert=expert, transposed=True)
         for expert in range(count)

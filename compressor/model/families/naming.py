@@ -15,7 +15,10 @@ LM_HEADS = frozenset({"lm_head", "embed_out", "output"})
 
 # Linear layers that vLLM 0.32 concatenates (packed_modules_mapping of its models): they share one
 # tensor-level scale. Member -> name of the fused layer. w1/w3 are the gate and up of its fused experts.
+# A checkpoint that stores a fused layer as such (Phi-3) has a group of one: the engine still splits it.
 FUSED = {
+    "qkv_proj": "qkv_proj",
+    "gate_up_proj": "gate_up_proj",
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
     "v_proj": "qkv_proj",
@@ -73,6 +76,26 @@ def whole(header: TensorHeader, module: str) -> LinearPart:
     return LinearPart(module, out_features, in_features, fuse_group=fuse_group(module))
 
 
+def member_rows(part: LinearPart, config: dict[str, Any]) -> tuple[int, ...]:
+    """Rows of each layer that a matrix holds: its own, or those of the members it is stored fused from.
+
+    ``gate_up_proj`` holds two halves; ``qkv_proj`` holds the rows of q, k and v as the config tells them
+    (transformers 5.17 modeling_phi3.py), or counts as one where it does not.
+    """
+    rows = part.out_features
+    if leaf(part.module) == "gate_up_proj":
+        return rows // 2, rows - rows // 2
+    if leaf(part.module) != "qkv_proj":
+        return (rows,)
+    text = text_config(config)
+    heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    kv_heads = heads if kv_heads is None else kv_heads
+    if type(heads) is not int or type(kv_heads) is not int or min(heads, kv_heads) < 1:
+        return (rows,)
+    head_rows, rest = divmod(rows, heads + 2 * kv_heads)
+    return (rows,) if rest else (heads * head_rows, kv_heads * head_rows, kv_heads * head_rows)
+
+
 def common_role(header: TensorHeader, config: dict[str, Any]) -> Role | None:
     """The role of tensors that every family treats alike, or None where the family must say.
 
@@ -85,7 +108,8 @@ def common_role(header: TensorHeader, config: dict[str, Any]) -> Role | None:
         return Role("other", reason="tower or projector of another modality")
     blocks = text_config(config).get("num_hidden_layers")
     index = block_index(header.name)
-    if _DRAFT.search(header.name) or (isinstance(blocks, int) and index is not None and index >= blocks):
+    # bool is a subclass of int, so compare the type itself
+    if _DRAFT.search(header.name) or (type(blocks) is int and index is not None and index >= blocks):
         return Role("other", reason="multi-token prediction layer")
     if len(header.shape) < 2:
         return Role("other", reason=_vector_reason(header.name))
