@@ -37,7 +37,8 @@ def command(
     """Run RECIPE and print what it gained and lost.
 
     RECIPE is a file, or the path of a shipped one (see `compress recipes`). A killed or interrupted run goes
-    on where it was when the same command is given again.
+    on where it was when the same command is given again. If a gate fails, the result is kept aside in the
+    output folder's name with .gate-failed, and the exit status is 1.
     """
     from compressor.cli.progress import reporter
     from compressor.planner.plan import make_plan

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import CheckpointError
+from compressor.model.names import insert
 from compressor.spec import LinearPart
 
 if TYPE_CHECKING:
@@ -97,8 +98,6 @@ def _decode(stored: dict[str, torch.Tensor], module: str, scheme: QuantizationSc
 
 def _fuse(stored: dict[str, torch.Tensor], name: str, parts: Sequence[LinearPart]) -> torch.Tensor:
     """Takes the parts' weights out of ``stored``; returns the source's tensor, [E, I, O] or [O, I]."""
-    import torch
-
     missing = [part.module for part in parts if f"{part.module}.weight" not in stored]
     if missing:
         raise CheckpointError(
@@ -106,11 +105,6 @@ def _fuse(stored: dict[str, torch.Tensor], name: str, parts: Sequence[LinearPart
         )
     first = parts[0]
     rows = max(part.row_start + part.out_features for part in parts)
-    experts = 1 + max(part.expert or 0 for part in parts)
-    dtype = stored[f"{first.module}.weight"].dtype
-    fused_EOI = torch.full((experts, rows, first.in_features), torch.nan, dtype=dtype)
-    for part in parts:
-        weight_OI = stored.pop(f"{part.module}.weight")
-        fused_EOI[part.expert or 0, part.row_start : part.row_start + part.out_features] = weight_OI
-    fused = fused_EOI.transpose(1, 2) if first.transposed else fused_EOI
-    return fused.contiguous() if first.expert is not None else fused[0].contiguous()
+    matrix = (first.in_features, rows) if first.transposed else (rows, first.in_features)
+    experts = () if first.expert is None else (1 + max(part.expert or 0 for part in parts),)
+    return insert([(part, stored.pop(f"{part.module}.weight")) for part in parts], (*experts, *matrix))

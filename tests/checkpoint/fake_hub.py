@@ -96,12 +96,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _info(hub: FakeHub) -> dict[str, object]:
     siblings = []
-    for path in sorted(hub.folder.iterdir()):
+    for path in sorted(path for path in hub.folder.rglob("*") if path.is_file()):
         content = path.read_bytes()
         digest = "f" * 64 if hub.lie else hashlib.sha256(content).hexdigest()
         lfs = {"sha256": digest, "size": len(content), "pointerSize": 100}
         large = {"lfs": lfs} if path.suffix == ".safetensors" else {}
-        siblings.append({"rfilename": path.name, "size": len(content), "blobId": "0" * 40, **large})
+        siblings.append(
+            {
+                "rfilename": path.relative_to(hub.folder).as_posix(),
+                "size": len(content),
+                "blobId": "0" * 40,
+                **large,
+            }
+        )
     return {"id": REPO, "sha": COMMIT, "siblings": siblings}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 from compressor.checkpoint import gguf
 from compressor.checkpoint.gguf import GgufSource
 from compressor.checkpoint.gguf_config import ARCHITECTURES, expected_tensors
+from compressor.checkpoint.gguf_file import read_gguf_header
 from compressor.errors import CheckpointError
 from tests.checkpoint.tiny_gguf import HEAD_DIM, HIDDEN, LAYERS, tiny_gguf
 

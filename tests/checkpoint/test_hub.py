@@ -120,6 +120,21 @@ def test_side_files_and_folder(hub: FakeHub, tmp_path: Path) -> None:
     assert hub.served.keys() == set(folder)
 
 
+def test_side_files_in_folders(hub: FakeHub, tmp_path: Path) -> None:
+    """Further chat templates come along in their folder; other folders of such names do not."""
+    for name in ("additional_chat_templates/tool_use.jinja", "LICENSES/MIT.txt", "original/tokenizer.model"):
+        (hub.folder / name).parent.mkdir()
+        (hub.folder / name).write_text(name)
+    code = (
+        "out = cache.parent / 'out'; out.mkdir(); s = open_source(repo, cache=cache); "
+        "print(json.dumps(s.write_side_files(out)))"
+    )
+    side = json.loads(call(hub.url, tmp_path / "cache", code))
+    out = tmp_path / "out"
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == side
+    assert [name for name in side if "/" in name] == ["additional_chat_templates/tool_use.jinja"]
+
+
 def test_server_without_ranges(hub: FakeHub, tmp_path: Path) -> None:
     """A server that sends whole files is read no further than the headers reach."""
     hub.ranges = False

@@ -46,6 +46,7 @@ def test_plans_and_does_not_read(tmp_path: Path) -> None:
         ([["a", "BF16"]], "not .name, dtype, shape."),
         ([["a", "BF17", [1]]], "unknown dtype"),
         ([["a", "BF16", [-1]]], "impossible shape"),
+        ([["a", "BF16", [2**40, 2**40]]], "impossible shape"),
         ([["a", "BF16", [1]]] * 2, "listed twice"),
     ],
 )

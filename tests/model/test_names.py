@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.errors import CheckpointError
-from compressor.model.names import extract, insert, module_of, target_patterns
+from compressor.model.names import expert_patterns, extract, insert, module_of, target_patterns
 from compressor.spec import LinearPart
 
 
@@ -118,14 +118,97 @@ _WORDS = ["a", "b", "layers", "q_proj", "x+", "(", "[0]", "a$", "0", "1", "2", "
 
 
 @given(
-    st.sets(st.lists(st.sampled_from(_WORDS), min_size=1, max_size=4).map(".".join), max_size=40), st.data()
+    st.sets(st.lists(st.sampled_from(_WORDS), min_size=1, max_size=4).map(".".join), max_size=40),
+    st.booleans(),
+    st.data(),
 )
-def test_entries_match_exactly_the_chosen_names(names, data):
+def test_entries_match_exactly_the_chosen_names(names, exact, data):
     """Whatever the names: characters special to regexes, numbers anywhere, digits that are not decimal."""
     chosen = {name for name in sorted(names) if data.draw(st.booleans())}
-    entries = target_patterns(chosen, names)
+    entries = target_patterns(chosen, names, exact=exact)
     assert matches(entries, names) == chosen
     assert len(entries) <= len(chosen)
+    if exact:
+        assert entries == sorted(chosen)
+
+
+def mapped(entries: list[str], prefixes: dict[str, str]) -> list[str]:
+    """vLLM's ``apply_vllm_mapper``: dotted plain names get the engine's prefix, regexes stay."""
+
+    def one(entry: str) -> str:
+        old = next((old for old in prefixes if entry.startswith(old)), None)
+        plain = "." in entry and not entry.startswith("re:")
+        return prefixes[old] + entry.removeprefix(old) if plain and old else entry
+
+    return [one(entry) for entry in entries]
+
+
+PREFIXES = {"model.visual.": "visual.", "model.language_model.": "language_model.model."}
+
+
+def test_exact_entries_survive_an_engine_that_renames_modules():
+    """In a model with a vision tower, the engine's names are matched only where entries are plain names."""
+    tower = {f"model.visual.blocks.{block}.attn.{leaf}" for block in range(3) for leaf in ("qkv", "proj")}
+    text = {f"model.language_model.layers.{layer}.mlp.down_proj" for layer in range(4)}
+    for chosen in (tower, text):
+        theirs = set(mapped(sorted(chosen), PREFIXES))
+        every = set(mapped(sorted(tower | text), PREFIXES))
+        assert matches(mapped(target_patterns(chosen, tower | text, exact=True), PREFIXES), every) == theirs
+        assert not matches(mapped(target_patterns(chosen, tower | text), PREFIXES), every)
+
+
+def fused(*layers: int, prefix: str = "model.") -> list[str]:
+    """gpt-oss: two weights and two biases of all experts of a layer."""
+    return [
+        f"{prefix}layers.{layer}.mlp.experts.{leaf}"
+        for layer in layers
+        for leaf in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+    ]
+
+
+def test_fused_experts_are_ignored_by_the_names_that_engines_ask_for():
+    """Every expert of these layers, nothing of others, and one entry however many layers."""
+    entries = expert_patterns([*fused(0, 3, 12), "model.conv1d.weight", "model.layers.1.shared_experts.up"])
+    assert entries == [r"re:model\.layers\.(0|3|12)\.mlp\.experts\..*$"]
+    asked = {
+        f"model.layers.{layer}.{part}"
+        for layer in (0, 1, 2, 3, 12, 31)
+        for part in (
+            "mlp.experts.0.gate_proj",
+            "mlp.experts.7.w2",
+            "mlp.router",
+            "mlp.shared_experts.up_proj",
+        )
+    }
+    assert matches(entries, asked) == {
+        name for name in asked if ".experts." in name and name.split(".")[2] in ("0", "3", "12")
+    }
+    assert expert_patterns([]) == expert_patterns(["model.visual.conv.weight"]) == []
+    assert expert_patterns(["experts.w"]) == [r"re:experts\..*$"]
+
+
+def test_fused_experts_by_plain_names():
+    """Those of expert 0, which engines ask for, so that they can be renamed."""
+    entries = expert_patterns(fused(2, prefix="model.language_model."), exact=True)
+    asked = {f"language_model.model.layers.2.mlp.experts.0.{part}_proj" for part in ("gate", "up", "down")}
+    assert matches(mapped(entries, PREFIXES), asked) == asked
+    assert not matches(mapped(entries, PREFIXES), {name.replace(".2.", ".1.") for name in asked})
+    with pytest.raises(CheckpointError, match="quantization config"):
+        expert_patterns(["re:.experts.w"], exact=True)
+
+
+_OWNERS = st.lists(st.sampled_from(["a", "layers", "x+", "0", "1", "10", "2", "experts"]), max_size=4).map(
+    lambda words: ".".join([*words, "experts"])
+)
+
+
+@given(st.sets(_OWNERS, max_size=12), st.sets(_OWNERS, max_size=12), st.booleans())
+def test_expert_patterns_match_these_owners_only(owners, others, exact):
+    """Whatever the names, first experts of the owners are matched and those of other layers are not."""
+    entries = expert_patterns([f"{owner}.gate_up_proj" for owner in owners], exact=exact)
+    names = {f"{owner}.0.gate_proj" for owner in owners | others}
+    nested = {name for name in names if not exact and any(name.startswith(f"{owner}.") for owner in owners)}
+    assert matches(entries, names) == {f"{owner}.0.gate_proj" for owner in owners} | nested
 
 
 def test_names_that_no_entry_can_say_are_refused():

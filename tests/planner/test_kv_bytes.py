@@ -187,6 +187,16 @@ def test_recurrent_states_have_the_size_that_transformers_keeps():
         ({"model_type": "llama", "num_hidden_layers": -1}, "num_hidden_layers"),
         ({"model_type": "llama", "num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({"model_type": "llama", "head_dim": True}, "head_dim"),
+        ({"model_type": "llama", "head_dim": 10**30}, "head_dim of the config is 1000"),
+        ({"model_type": "llama", "head_dim": [0] * 9999}, "0, 0, ..., not a positive number"),
+        ({"model_type": "llama", "hidden_size": 8, "num_attention_heads": 16}, "hidden_size"),
+        (
+            {"model_type": "gemma3n_text", "num_kv_shared_layers": "3"},
+            "num_kv_shared_layers of the config is",
+        ),
+        ({"model_type": "gemma3n_text", "num_kv_shared_layers": -1}, "num_kv_shared_layers of the config is"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "1"}, "max_window_layers"),
+        ({"model_type": "jamba", "attn_layer_offset": "4"}, "attn_layer_offset"),
         ({"model_type": "llama", "layer_types": ["full_attention"]}, "layer_types"),
         ({"model_type": "llama", "num_hidden_layers": 1, "layer_types": ["conv"]}, "'conv'"),
         (
@@ -210,4 +220,6 @@ def test_full_context_is_the_language_models():
     """From the nested config; None where there is none."""
     assert full_context({"text_config": {"max_position_embeddings": 4096}}) == 4096
     assert full_context({"max_position_embeddings": "4096"}) is None
+    assert full_context({"max_position_embeddings": True}) is None
+    assert full_context({"max_position_embeddings": 10**30}) is None
     assert full_context({}) is None
