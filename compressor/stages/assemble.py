@@ -90,13 +90,14 @@ def _config(source: Source, claims: Sequence[Claim]) -> dict[str, object]:
             fused_experts.append(claim.tensor.name)
     if tied(source.config, source.headers) and "lm_head" not in left:
         left.append("lm_head")
+    # Engines rename the modules of models with towers, and map plain names only.
+    exact = text_config(source.config) is not source.config
     quantization = quantization_config(
         by_scheme,
         left,
         frozenset(ends),
-        # Engines rename the modules of models with towers, and map plain names only.
-        exact=text_config(source.config) is not source.config,
-        ignored=expert_patterns(fused_experts),
+        exact=exact,
+        ignored=expert_patterns(fused_experts, exact=exact),
     )
     narrowed = any(
         claim.action == "copy" and claim.outputs[0].dtype != claim.tensor.dtype for claim in claims

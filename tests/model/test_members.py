@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import transformers
 
-from compressor.model.families import BUILTINS, member_rows
+from compressor.errors import CheckpointError
+from compressor.model.families import BUILTINS, family_for, member_rows
 from compressor.schemes.fp8 import Fp8Block
 from compressor.spec import LinearPart, TensorHeader
 
@@ -65,3 +66,20 @@ def test_block_fp8_asks_whether_a_matrix_stored_fused_is_divisible():
     assert "not a multiple of 128" in (problem("self_attn.qkv_proj") or "")
     assert "not a multiple of 128" in (problem("mlp.gate_up_proj") or "")
     assert problem("self_attn.o_proj") is None
+
+
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        ("gate_up_proj", (3, 32, 97), "its 97 columns do not split into gate and up"),
+        ("gate_up_proj", (2**40, 0, 2), "no model has experts of the shape"),
+        ("down_proj", (2**40, 1, 1), "no model has experts of the shape"),
+        ("down_proj", (0, 48, 32), "no model has experts of the shape"),
+    ],
+)
+def test_llama4_experts_of_impossible_shapes_are_refused(name, shape, message):
+    """No column is lost in silence, and no header makes a trillion parts."""
+    tensor = f"model.layers.1.feed_forward.experts.{name}"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        family_for({"model_type": "llama4_text"}).role(TensorHeader(tensor, "BF16", shape), {})
+    assert tensor in str(caught.value)
