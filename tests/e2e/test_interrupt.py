@@ -33,6 +33,8 @@ def test_interrupted_run_goes_on(number: signal.Signals, tmp_path: Path) -> None
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # A test run in the background ignores SIGINT, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     _wait_for_a_shard(output.parent / ".compress-workspace", process)
     process.send_signal(number)

@@ -74,7 +74,7 @@ def _evaluations(draw: st.DrawFn) -> EvaluateSection:
     gates = st.builds(Gate, metric=metrics, max_increase=st.floats(0, 1e300))
     return EvaluateSection(
         text=draw(TEXTS),
-        tokens=draw(COUNTS),
+        tokens=draw(COUNTS.filter(lambda count: count > 1)),
         context=draw(st.integers(2, 2**24)),
         tasks=tuple(EvalTask(name=name, limit=draw(st.none() | COUNTS)) for name in names),
         gates=tuple(draw(st.lists(gates, max_size=3))),

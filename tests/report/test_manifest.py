@@ -69,7 +69,7 @@ def make(folder: Path, **texts: str) -> Path:
     }
     for name, text in (contents | texts).items():
         (folder / name).write_text(text)
-    write_manifest(folder, source=FakeSource(), versions={"torch": "2.13.0"}, seed=7)
+    write_manifest(folder, key="k", source=FakeSource(), versions={"torch": "2.13.0"}, seed=7)
     return folder
 
 
@@ -120,7 +120,7 @@ def test_writing_again_changes_nothing(tmp_path: Path) -> None:
     """The old manifest is not among the files of the new one."""
     folder = make(tmp_path / "out")
     before = (folder / "manifest.json").read_bytes()
-    write_manifest(folder, source=FakeSource(), versions={"torch": "2.13.0"}, seed=7)
+    write_manifest(folder, key="k", source=FakeSource(), versions={"torch": "2.13.0"}, seed=7)
     assert (folder / "manifest.json").read_bytes() == before
 
 
@@ -198,7 +198,7 @@ def test_forged_content_hash_is_told(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"{", "not a manifest: file"),
-        (b"{}", "not a manifest: source"),
+        (b"{}", "not a manifest: key"),
         (b"[]", "not a manifest"),
         (b"\xff", "not a manifest"),
     ],
@@ -223,18 +223,20 @@ def test_links_and_undecodable_names_are_not_shipped(tmp_path: Path) -> None:
     link = folder / "link"
     link.symlink_to(folder / "config.json")
     with pytest.raises(CheckpointError, match="neither a file nor a folder"):
-        write_manifest(folder, source=FakeSource(), versions={}, seed=0)
+        write_manifest(folder, key="k", source=FakeSource(), versions={}, seed=0)
     link.unlink()
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff")).write_text("x")
     with pytest.raises(CheckpointError, match="not UTF-8"):
-        write_manifest(folder, source=FakeSource(), versions={}, seed=0)
+        write_manifest(folder, key="k", source=FakeSource(), versions={}, seed=0)
 
 
 def test_progress_counts_every_byte(tmp_path: Path) -> None:
     """Hashing hundreds of gigabytes shows how far it is."""
     folder = make(tmp_path / "out")
     for run in (
-        lambda progress: write_manifest(folder, source=FakeSource(), versions={}, seed=0, progress=progress),
+        lambda progress: write_manifest(
+            folder, key="k", source=FakeSource(), versions={}, seed=0, progress=progress
+        ),
         lambda progress: check_manifest(folder, progress=progress),
     ):
         progress = Bytes()
