@@ -45,6 +45,7 @@ def command(
         "rules": [dataclasses.asdict(row) for row in plan.rows],
         "shards": len(plan.shards),
         **dataclasses.asdict(plan.prediction),
+        "reload_rss_bytes": plan.reload_rss_bytes,
         "warnings": list(plan.warnings),
     }
     click.echo(json.dumps(shown, indent=2))

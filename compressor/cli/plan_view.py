@@ -24,10 +24,12 @@ def print_plan(plan: Plan) -> None:
     console.print(_rules(plan))
     console.print(_sizes(plan.prediction))
     console.print(_serving(plan.prediction))
+    measured = " and measure it" if plan.evaluation else ""
     console.print(
         f"output  {plan.output} ({len(plan.shards)} shard{'s' if len(plan.shards) > 1 else ''})\n"
-        f"needs   {_gb(plan.prediction.peak_rss_bytes)} of memory at peak, "
-        f"{_gb(plan.prediction.disk_bytes)} of disk, "
+        f"needs   {_gb(plan.prediction.peak_rss_bytes)} of memory for the weights, "
+        f"{_gb(plan.reload_rss_bytes)} to load the result back{measured}\n"
+        f"        {_gb(plan.prediction.disk_bytes)} of disk, "
         f"about {_time(plan.prediction.time_s)} for the weights on two cores (estimates)",
         soft_wrap=True,
     )

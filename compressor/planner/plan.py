@@ -22,6 +22,7 @@ from compressor.planner.places import check_disk, check_places, check_text
 from compressor.planner.predict import Prediction, RuleRow, predict, rule_rows
 from compressor.recipe.load import LoadedRecipe
 from compressor.stages.base import Claim, Shard
+from compressor.stages.evaluate import memory_needed
 from compressor.workspace import Workspace, stage_key
 
 T = TypeVar("T")
@@ -61,6 +62,11 @@ class Plan:
     output: Path
     workspace: Workspace
     warnings: tuple[str, ...]
+
+    @property
+    def reload_rss_bytes(self) -> int:
+        """Memory to load the result back, and to measure it against its source where that is asked for."""
+        return memory_needed(self.claims, self.evaluation)
 
 
 def make_plan(
