@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -100,15 +101,15 @@ def _run(arguments: list[str]) -> int:
         error.show()
         return EXIT_USER
     except GateError as error:
-        _say(f"gate failed: {error}")
+        _say(f"gate failed: {error}", arguments)
         return EXIT_GATE
     except UserError as error:
-        _say(f"error: {error}")
+        _say(f"error: {error}", arguments)
         return EXIT_USER
     except (KeyboardInterrupt, click.exceptions.Abort) as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         word = "terminated" if isinstance(stop, Terminated) else "interrupted"
-        _say(f"{word}: finished work is kept; run the same command again to go on")
+        _say(f"{word}: finished work is kept; run the same command again to go on", arguments)
         return EXIT_INTERRUPTED
     except OSError as error:
         return _system_error(error, arguments)
@@ -124,7 +125,10 @@ def _system_error(error: OSError, arguments: list[str]) -> int:
     where = f"{error.filename}: " if error.filename else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     fix = "free some space" if full else "mend it"
-    _say(f"error: {where}{error.strerror.lower()}\n  -> {fix} and run the same command again; work is kept")
+    _say(
+        f"error: {where}{error.strerror.lower()}\n  -> {fix} and run the same command again; work is kept",
+        arguments,
+    )
     return EXIT_USER
 
 
@@ -132,7 +136,8 @@ def _unexpected(error: Exception, arguments: list[str]) -> int:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         _say(
             "error: out of memory\n  -> lower evaluate.tokens or evaluate.context, switch evaluation off "
-            "(--set evaluate=null), or use a machine with more memory; finished work is kept"
+            "(--set evaluate=null), or use a machine with more memory; finished work is kept",
+            arguments,
         )
         return EXIT_USER
     log = DEFAULT_WORKSPACE.absolute() / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
@@ -141,11 +146,15 @@ def _unexpected(error: Exception, arguments: list[str]) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(text)
     except OSError:
-        _say(text)
+        _say(text, arguments)
         return EXIT_INTERNAL
-    _say(f"internal error: {type(error).__name__}: {error}\n  -> this is a fault of compressor; log: {log}")
+    _say(
+        f"internal error: {type(error).__name__}: {error}\n  -> this is a fault of compressor; log: {log}",
+        arguments,
+    )
     return EXIT_INTERNAL
 
 
-def _say(text: str) -> None:
-    click.echo(text, err=True)
+def _say(text: str, arguments: list[str]) -> None:
+    """The last word on stderr; a JSON line where the user asked for these."""
+    click.echo(json.dumps({"event": "error", "text": text}) if "--log-json" in arguments else text, err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,15 @@ def test_bad_input_is_one_message_and_exit_2(arguments: tuple[str, ...], said: s
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_are_json_where_lines_are(tmp_path: Path) -> None:
+    """With --log-json every line of stderr parses, the error too."""
+    done = compress("run", "--log-json", "no-such.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert json.loads(line)["event"] == "error"
+    assert "no-such.yaml" in json.loads(line)["text"]
 
 
 def test_internal_error_leaves_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
