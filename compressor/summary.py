@@ -131,6 +131,10 @@ def _quality(plan: Plan, evaluation: Mapping[str, Any], output: Path) -> Quality
             for task, metrics in evaluation["tasks"].items()
         },
         command=_eval_command(plan, evaluation, output),
+        text_dtype=evaluation["text_dtype"],
+        task_dtype=evaluation["task_dtype"],
+        loaded_via=evaluation["loaded_via"],
+        activations_simulated=evaluation["activations_simulated"],
     )
 
 

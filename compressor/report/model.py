@@ -189,6 +189,12 @@ class Quality(Record):
         text: label of the text.
         tasks: lm-eval task -> metric -> figures; empty if none ran.
         command: the exact command that measures the same again.
+        text_dtype: what the models computed in on the text.
+        task_dtype: the same on the tasks.
+        loaded_via: ``transformers`` where its loader read the result, ``decoded`` where its weights were
+            decoded here and given to it.
+        activations_simulated: whether activations were quantized as the scheme says; None where it leaves
+            them alone.
     """
 
     perplexity: Perplexity
@@ -199,6 +205,10 @@ class Quality(Record):
     text: str
     tasks: Ordered[dict[str, TaskMetric]]
     command: str
+    text_dtype: str
+    task_dtype: str
+    loaded_via: Literal["transformers", "decoded"]
+    activations_simulated: bool | None
 
 
 class Gate(Record):

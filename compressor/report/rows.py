@@ -133,6 +133,12 @@ def _task_rows(quality: Quality) -> Iterator[Measured]:
             )
 
 
+_READERS = {
+    "transformers": " by transformers",
+    "decoded": ", decoded by this program, since transformers cannot read experts stored one by one",
+}
+
+
 def quality_caption(report: Report) -> str:
     """On what the quality was measured; with the source's peculiarity, so that no table lacks it."""
     quality = report.quality
@@ -141,8 +147,14 @@ def quality_caption(report: Report) -> str:
     else:
         text = (
             f"{quality.tokens:,} tokens of {quality.text}, windows of {quality.context:,}; "
-            "the result as reloaded from disk."
+            f"the result as reloaded from disk{_READERS[quality.loaded_via]}. "
+            f"Computed in {quality.text_dtype} on the text"
+            + (f", in {quality.task_dtype} on the tasks." if quality.tasks else ".")
         )
+        if quality.activations_simulated is False:
+            text += (
+                " Activations stayed unquantized, unlike in an engine: the loss shown is that of the weights."
+            )
     return f"{text} {source_caption(report)}".strip()
 
 

@@ -48,7 +48,7 @@ class Rtn(Solver):
 
     @property
     def bytes_per_s(self) -> float:
-        """See ``Solver.bytes_per_s``; rates of ``scripts/bench.py stream``, rounded down."""
+        """See ``Solver.bytes_per_s``; cautious: with start-up on a small model, NVFP4 (bench/results)."""
         return _SEARCHED_BYTES_PER_S if self.search == "full" else _MINMAX_BYTES_PER_S
 
     def solve(

@@ -107,6 +107,10 @@ def _quality() -> Quality:
         tokens=16_368,
         context=1_024,
         text="held-out prose",
+        text_dtype="float32",
+        task_dtype="bfloat16",
+        loaded_via="transformers",
+        activations_simulated=None,
         tasks={
             "piqa": {
                 "acc": TaskMetric(

@@ -84,3 +84,17 @@ def test_quality_caption_names_text_and_tokens(quality: bool) -> None:
     caption = rows.quality_caption(sample_report(quality=quality))
     expected = "16,368 tokens of held-out prose, windows of 1,024" if quality else "evaluation was skipped"
     assert expected in caption
+
+
+def test_caption_says_how_the_result_was_read() -> None:
+    """Decoding done here, and activations left alone, are limits that a reader must see."""
+    report = sample_report()
+    assert report.quality is not None
+    plain = rows.quality_caption(report)
+    assert "by transformers" in plain
+    assert "float32 on the text, in bfloat16 on the tasks" in plain
+    assert "unquantized" not in plain
+    limited = report.quality.model_copy(update={"loaded_via": "decoded", "activations_simulated": False})
+    caption = rows.quality_caption(report.model_copy(update={"quality": limited}))
+    assert "decoded by this program" in caption
+    assert "Activations stayed unquantized" in caption
