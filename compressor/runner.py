@@ -131,10 +131,10 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     third = stage_key("evaluate", EVALUATE_VERSION, measured, [second])
 
     def run_stream(folder: Path) -> Mapping[str, Any]:
-        return {"resumed": stream(plan.source, plan.shards, folder, progress)}
+        return {"resumed": stream(plan.source, plan.shards, plan.dialect, folder, progress)}
 
     def run_assemble(folder: Path) -> Mapping[str, Any]:
-        assemble(plan.source, plan.shards, streamed, folder)
+        assemble(plan.source, plan.shards, plan.dialect, streamed, folder)
         return {}
 
     def run_evaluate(folder: Path) -> Mapping[str, Any]:

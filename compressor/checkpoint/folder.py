@@ -114,28 +114,44 @@ class FolderSource:
         return fingerprint(self.config, self.headers, self._stamps, chain(samples, side))
 
     def _small_file(self, name: str) -> bytes:
-        """The contents of a file of the folder that is not weights, up to a cap."""
-        path = self._inside(name)
-        try:
-            if path.stat().st_size > MAX_JSON_BYTES:
-                raise CheckpointError(f"larger than {MAX_JSON_BYTES:,} bytes", where=str(path))
-            return path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        return small_file(self._folder, name, self.label)
 
     def _inside(self, name: str) -> Path:
-        """The file ``name`` of the folder, once it is known to lie there really."""
-        path = self._folder / name
-        target = path.resolve()
-        if not target.is_relative_to(self._folder):
-            raise CheckpointError(
-                f"{name} is a link out of the folder, to {target}",
-                where=self.label,
-                fix="copy the file into the folder, or name a cached Hub model by its Hub id",
-            )
-        if not target.is_file():
-            raise CheckpointError(f"{name} is missing", where=self.label, fix=AGAIN)
-        return target
+        return file_inside(self._folder, name, self.label)
+
+
+def small_file(folder: Path, name: str, label: str) -> bytes:
+    """The contents of a file of the resolved ``folder`` that is not weights, up to a cap.
+
+    Raises:
+        CheckpointError: missing, outside the folder, unreadable or too large; ``label`` names the folder.
+    """
+    path = file_inside(folder, name, label)
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"larger than {MAX_JSON_BYTES:,} bytes", where=str(path))
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def file_inside(folder: Path, name: str, label: str) -> Path:
+    """The file ``name`` of the resolved ``folder``, once it is known to lie there really.
+
+    Raises:
+        CheckpointError: it is missing, or a link out of the folder; ``label`` names the folder.
+    """
+    path = folder / name
+    target = path.resolve()
+    if not target.is_relative_to(folder):
+        raise CheckpointError(
+            f"{name} is a link out of the folder, to {target}",
+            where=label,
+            fix="copy the file into the folder, or name a cached Hub model by its Hub id",
+        )
+    if not target.is_file():
+        raise CheckpointError(f"{name} is missing", where=label, fix=AGAIN)
+    return target
 
 
 def sample_step(tensors: int) -> int:

@@ -181,7 +181,7 @@ def parse_index(raw: bytes, where: str) -> dict[str, str]:
 
 
 def merge_headers(
-    shards: Mapping[str, FileHeader], weight_map: Mapping[str, str], where: str
+    shards: Mapping[str, FileHeader], weight_map: Mapping[str, str], where: str, *, quantized: bool = False
 ) -> tuple[dict[str, TensorHeader], dict[str, str]]:
     """All tensors over the shards, in file order, and the shard of each.
 
@@ -189,6 +189,7 @@ def merge_headers(
         shards: shard name -> its checked header.
         weight_map: the index; empty for a single file.
         where: the checkpoint, for messages.
+        quantized: whether packed dtypes may be among them; sources must have none.
 
     Raises:
         CheckpointError: a tensor lies in two shards or not where the index says, or is already quantized.
@@ -199,7 +200,7 @@ def merge_headers(
         for name, header in file.headers.items():
             if name in headers:
                 raise CheckpointError(f"tensor {name} lies in both {homes[name]} and {shard}", where=where)
-            if header.dtype in _PACKED_DTYPES:
+            if header.dtype in _PACKED_DTYPES and not quantized:
                 raise _already_quantized(f"tensor {name} is {header.dtype}", where)
             headers[name] = header
             homes[name] = shard

@@ -45,7 +45,7 @@ def open_source(
         CheckpointError: the source is missing, unsafe, broken or unsupported.
         UserError: an option that does not go with this kind of source.
     """
-    folder_or_file = _local(source, beside)
+    folder_or_file = local_path(source, beside)
     if folder_or_file is not None:
         if revision is not None:
             raise UserError("revision goes with a Hub id, not with a local source", where=source)
@@ -68,8 +68,12 @@ def open_source(
         return ShippedHeaders(headers, error.reason)
 
 
-def _local(source: str, beside: Path | None) -> Path | None:
-    """The file or folder that ``source`` names, or None where it is a Hub id."""
+def local_path(source: str, beside: Path | None) -> Path | None:
+    """The file or folder that ``source`` names, or None where it is a Hub id.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
     if source.startswith(PACKAGE_PREFIX):
         return _in_package(source)
     if source.endswith(".gguf"):

@@ -29,7 +29,12 @@ def command(checkpoint: Path, as_json: bool) -> None:
         f"{found.folder}: {', '.join(found.architectures) or 'no architecture named'}", soft_wrap=True
     )
     console.print(f"{found.tensors:,} tensors, {found.bytes / 1e6:,.1f} MB in {len(found.files)} file(s)")
-    for name, group in ((found.quantization or {}).get("config_groups") or {}).items():
+    quantization = found.quantization or {}
+    groups = quantization.get("config_groups") or {}
+    if "quant_algo" in quantization:  # ModelOpt's groups say less than this name
+        console.print(f"{quantization.get('quant_method')}: {quantization['quant_algo']}", soft_wrap=True)
+        groups = {}
+    for name, group in groups.items():
         weights = group.get("weights") or {}
         console.print(
             f"{name}: {group.get('format')}, {weights.get('num_bits')}-bit {weights.get('type')}, "

@@ -1,99 +1,255 @@
-"""Decodes a compressed-tensors folder tensor by tensor, into the layout that the source had.
-
-For what ``transformers`` cannot load itself: experts that are written one by one, as engines want them, of
-a model that keeps them in 3-D parameters.
-"""
+"""Decodes a quantized folder tensor by tensor, in either dialect, into the layout that the source had."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from compressor.checkpoint import modelopt
+from compressor.checkpoint.hf_config import quantization_config
+from compressor.checkpoint.layout import load_config
+from compressor.checkpoint.stored import StoredTensors
 from compressor.errors import CheckpointError
-from compressor.model.names import insert
+from compressor.model.names import insert, module_of
 from compressor.spec import LinearPart
 
 if TYPE_CHECKING:
     import torch
+    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
 # A source tensor and the matrices that lie inside it, as a family's ``Role.parts`` says.
 FusedTensor = tuple[str, Sequence[LinearPart]]
 
-MARKER = "weight_scale"
+# Every quantized module has a tensor of this name, in both dialects and all formats.
+MARKER = ".weight_scale"
 
 
-def stored_names(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file of ``folder`` that holds it."""
-    from safetensors import safe_open
+class StoredWeights:
+    """A quantized folder, read tensor by tensor; opening it reads its configs and headers.
 
-    where: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path))
-    if not where:
-        raise CheckpointError("no .safetensors file in this folder", where=str(folder))
-    return where
+    Attributes:
+        dialect: whose layout it is.
+        modules: the quantized modules, sorted.
+        names: every tensor's name.
+
+    Raises:
+        CheckpointError: neither config.json nor hf_quant_config.json describes a quantization that is read
+            here, or a file is broken.
+    """
+
+    dialect: Literal["compressed-tensors", "modelopt"]
+
+    def __init__(self, folder: Path) -> None:
+        self._where = str(folder)
+        self._tensors = StoredTensors(folder)
+        method, self._config = self._described()
+        if method == "compressed-tensors":
+            self.dialect = "compressed-tensors"
+        elif method.startswith("modelopt"):  # engines tell its variants apart by what follows
+            self.dialect = "modelopt"
+        else:
+            raise CheckpointError(
+                f"quantized with {method[:40]!r}; only compressed-tensors and modelopt are read",
+                where=self._where,
+            )
+        self.names = frozenset(self._tensors.headers)
+        fused = sorted(name for name in self.names if name.endswith("_weight_scale"))
+        if fused:  # as ModelOpt writes Llama 4
+            raise CheckpointError(
+                f"experts quantized in one tensor are not read: {fused[0]}", where=self._where
+            )
+        self.modules = tuple(
+            sorted(name.removesuffix(MARKER) for name in self.names if name.endswith(MARKER))
+        )
+
+    def scheme(self, module: str) -> QuantizationScheme:
+        """How a quantized module is stored, as compressed-tensors describes it.
+
+        In that dialect it is the first group that targets the module by name or, as all linear layers, by
+        class.
+
+        Raises:
+            CheckpointError: the config does not claim the module, or names a format that is not read here.
+        """
+        if self.dialect == "modelopt":
+            return self.algorithm(module).ct_scheme(["Linear"])
+        from compressed_tensors.utils.match import match_name
+
+        config = self._compressed_tensors
+        if not any(match_name(module, ignored) for ignored in config.ignore or ()):
+            for scheme in config.config_groups.values():
+                if "Linear" in scheme.targets or any(match_name(module, name) for name in scheme.targets):
+                    return scheme
+        raise CheckpointError("quantized, but no group of quantization_config claims it", where=module)
+
+    def weight(self, module: str) -> torch.Tensor:
+        """A quantized module's weight, fp32 [out_features, in_features], as compressed-tensors decodes it.
+
+        From scales in fp32, whatever they are stored in; NVFP4 and MXFP4 weights come out rounded to
+        bfloat16, as the library defines them.
+
+        Raises:
+            CheckpointError: as ``scheme``; a tensor of the module is missing; or they do not fit together.
+        """
+        import torch
+
+        scheme, local = self.scheme(module), self.local(module)
+        if local["weight_scale"].dtype in (torch.float16, torch.bfloat16):
+            local["weight_scale"] = local["weight_scale"].float()
+        compressor = _compressor(scheme, module)
+        with _fitting(module), torch.no_grad():
+            weight: torch.Tensor = compressor.decompress(local, scheme)["weight"]
+        return weight.float()
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Any tensor as it lies on disk.
+
+        Raises:
+            CheckpointError: there is none of this name.
+        """
+        return self._tensors.read(name)
+
+    def local(self, module: str) -> dict[str, torch.Tensor]:
+        """Local name -> tensor of a quantized module in compressed-tensors' layout, whatever the folder's is.
+
+        Raises:
+            CheckpointError: as ``weight``.
+        """
+        found = {name.removeprefix(f"{module}."): self.stored(name) for name in self.parts(module)}
+        if self.dialect == "compressed-tensors":
+            return found
+        with _fitting(module):
+            return modelopt.to_compressed_tensors(self.algorithm(module), found)
+
+    def parts(self, module: str) -> tuple[str, ...]:
+        """The full names of the tensors that make up a quantized module's weight.
+
+        Raises:
+            CheckpointError: as ``scheme``.
+        """
+        if self.dialect == "modelopt":
+            local = modelopt.local_names(self.algorithm(module))
+        else:
+            scheme = self.scheme(module)
+            local = tuple(_compressor(scheme, module).compression_param_names(scheme))
+        return tuple(f"{module}.{name}" for name in local)
+
+    def algorithm(self, module: str) -> modelopt.Algorithm:
+        """How a quantized module of a ModelOpt folder is stored.
+
+        Raises:
+            CheckpointError: as ``scheme``.
+        """
+        assert self.dialect == "modelopt", "compressed-tensors has schemes"
+        return self._modelopt.algorithm(module)
+
+    def _described(self) -> tuple[str, Mapping[str, Any]]:
+        """The method and ``quantization_config`` of config.json, else what hf_quant_config.json says."""
+        for file, key in (("config.json", "quantization_config"), (modelopt.CONFIG_NAME, "quantization")):
+            if self._tensors.has_file(file):
+                read = load_config(self._tensors.small_file(file), f"{self._where}/{file}")
+                found = read.get(key)
+                if isinstance(found, Mapping) and found:
+                    default = "" if file == "config.json" else "modelopt"
+                    return str(found.get("quant_method", default)), found
+        raise CheckpointError(
+            f"neither config.json nor {modelopt.CONFIG_NAME} describes a quantization", where=self._where
+        )
+
+    @cached_property
+    def _modelopt(self) -> modelopt.Description:
+        return modelopt.Description(self._config, self._where)
+
+    @cached_property
+    def _compressed_tensors(self) -> QuantizationConfig:
+        from compressed_tensors.quantization import QuantizationConfig
+
+        try:
+            return QuantizationConfig.model_validate(dict(self._config))
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"quantization_config is not compressed-tensors': {reason}", where=self._where
+            ) from error
 
 
-def decoded_tensors(
-    folder: Path, quantization_config: Mapping[str, Any], fused: Sequence[FusedTensor]
-) -> dict[str, torch.Tensor]:
+def decoded_tensors(weights: StoredWeights, fused: Sequence[FusedTensor]) -> dict[str, torch.Tensor]:
     """Every tensor of the source as the checkpoint now has it: quantized ones decoded, the rest as stored.
 
     Args:
-        folder: a folder of safetensors files.
-        quantization_config: that entry of its ``config.json``.
+        weights: a quantized folder.
         fused: the source tensors that hold several matrices, and the module that each was written as.
 
     Raises:
         CheckpointError: a quantized module has no scheme, or a part of a fused tensor is missing.
     """
-    import torch
-    from compressed_tensors.quantization import QuantizationConfig
-    from safetensors.torch import load_file
-
-    stored: dict[str, torch.Tensor] = {}
-    for path in sorted(set(stored_names(folder).values())):
-        stored.update(load_file(path))
-    config = QuantizationConfig.model_validate(dict(quantization_config))
-    modules = [name.removesuffix(f".{MARKER}") for name in stored if name.endswith(f".{MARKER}")]
-    with torch.no_grad():
-        for module in modules:
-            stored[f"{module}.weight"] = _decode(stored, module, _scheme(config, module))
-        for name, parts in fused:
-            if any(f"{part.module}.weight" in stored for part in parts):
-                stored[name] = _fuse(stored, name, parts)
-    return stored
+    tensors = {f"{module}.weight": weights.weight(module) for module in weights.modules}
+    tensors |= _unquantized(weights)
+    for name, parts in fused:
+        if any(f"{part.module}.weight" in tensors for part in parts):
+            tensors[name] = _fuse(tensors, name, parts)
+    return tensors
 
 
-def _scheme(config: QuantizationConfig, module: str) -> QuantizationScheme:
-    """The first group that targets the module by name or, as all linear layers, by class."""
-    from compressed_tensors.utils.match import match_name
+def as_compressed_tensors(weights: StoredWeights) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Every tensor of a ModelOpt folder in compressed-tensors' layout, and the ``quantization_config`` of it.
 
-    if not any(match_name(module, ignored) for ignored in config.ignore or ()):
-        for scheme in config.config_groups.values():
-            if "Linear" in scheme.targets or any(match_name(module, target) for target in scheme.targets):
-                return scheme
-    raise CheckpointError("quantized, but no group of quantization_config claims it", where=module)
+    So that transformers, which does not read ModelOpt's dialect, loads it and rounds activations as well.
+
+    Raises:
+        CheckpointError: as ``StoredWeights.weight``.
+    """
+    tensors = {
+        f"{module}.{name}": tensor
+        for module in weights.modules
+        for name, tensor in weights.local(module).items()
+    }
+    by_algorithm: dict[modelopt.Algorithm, list[str]] = {}
+    for module in weights.modules:
+        by_algorithm.setdefault(weights.algorithm(module), []).append(module)
+    others = _unquantized(weights)
+    left = {module_of(name) for name in others if name.endswith(".weight")}
+    # A head that is tied to the embedding has no tensor, but is a linear layer all the same.
+    left |= {"lm_head"} - set(weights.modules)
+    return tensors | others, quantization_config(by_algorithm, sorted(left), frozenset())
 
 
-def _decode(stored: dict[str, torch.Tensor], module: str, scheme: QuantizationScheme) -> torch.Tensor:
-    """Takes the module's tensors out of ``stored``; returns its weight [out_features, in_features]."""
+def _unquantized(weights: StoredWeights) -> dict[str, torch.Tensor]:
+    packed = {name for module in weights.modules for name in weights.parts(module)}
+    return {name: weights.stored(name) for name in sorted(weights.names - packed)}
+
+
+@contextmanager
+def _fitting(module: str) -> Iterator[None]:
+    """Tells a shape or value that torch or the library stumbles over as a fault of the checkpoint."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"its tensors do not fit together: {reason}", where=module) from error
+
+
+def _compressor(scheme: QuantizationScheme, module: str) -> type[BaseCompressor]:
+    """The library's reader of what the scheme describes.
+
+    Raises:
+        CheckpointError: it has none.
+    """
     import torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.config import CompressionFormat
 
     layout = scheme.format or infer_module_format(torch.nn.Linear, scheme)
-    compressor = BaseCompressor.get_value_from_registry(str(layout))
-    names = compressor.compression_param_names(scheme)
     try:
-        local = {name: stored.pop(f"{module}.{name}") for name in names}
-    except KeyError as error:
-        raise CheckpointError(f"tensor {error.args[0]} is missing", where=module) from error
-    weight: torch.Tensor = compressor.decompress(local, scheme)["weight"]
-    return weight
+        found: type[BaseCompressor] = BaseCompressor.get_value_from_registry(CompressionFormat(layout).value)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"format {str(layout)[:40]!r} is not read here", where=module) from error
+    return found
 
 
 def _fuse(stored: dict[str, torch.Tensor], name: str, parts: Sequence[LinearPart]) -> torch.Tensor:

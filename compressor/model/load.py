@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from compressor.checkpoint.modelopt import CONFIG_NAME
 from compressor.errors import CheckpointError
-from compressor.model.decode import MARKER, FusedTensor, decoded_tensors, stored_names
+from compressor.model.decode import FusedTensor, StoredWeights, as_compressed_tensors, decoded_tensors
 from compressor.model.quiet import quiet
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Via = Literal["transformers", "decoded"]
 # Experts written one by one: transformers either lacks them (Llama 4) or merges them without every format's
 # scales (transformers 5.17 integrations/compressed_tensors.py, DecompressExperts: no global scale).
 EXPERT = re.compile(r"\.experts\.\d+\.")
-QUANTIZED_KEY = re.compile(r"\.(weight_packed|weight_scale|weight_global_scale|weight_zero_point)$")
+QUANTIZED_KEY = re.compile(r"\.weight_(packed|scale|scale_2|global_scale|zero_point)$")
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class LoadedCheckpoint:
 
     Attributes:
         model: in evaluation mode, on the CPU.
-        via: ``transformers``: its own loader read the folder; ``decoded``: the weights were decoded tensor
-            by tensor and given to transformers as if they were the source's (MoE with separate experts).
+        via: ``transformers``: its own loader read the folder (ModelOpt's dialect: read its tensors as
+            compressed-tensors would name them); ``decoded``: the weights were decoded tensor by tensor and
+            given to transformers as if they were the source's (MoE with separate experts).
         activations_simulated: whether the forward pass quantizes activations as the scheme says; None where
             the scheme leaves them alone.
     """
@@ -69,43 +71,43 @@ def load_checkpoint_model(
     """A result folder with its weights decoded, parameters of ``dtype``, on the CPU.
 
     Weights are decoded by compressed-tensors from float32 scales; NVFP4 and MXFP4 weights come out rounded
-    to bfloat16, as it defines them. A folder without ``quantization_config`` is loaded as it is.
+    to bfloat16, as it defines them. A folder that is not quantized is loaded as it is.
 
     Args:
-        folder: config.json and safetensors files.
+        folder: config.json and safetensors files, in either dialect.
         dtype: what the parameters are cast to after decoding.
         fused: for families whose experts were written one by one, the source tensors and their parts
             (``FusedTensor``); used where transformers cannot read the layout itself.
 
     Raises:
-        CheckpointError: not compressed-tensors, unreadable, or a parameter of the model is missing.
+        CheckpointError: another kind of quantization, unreadable, or a parameter of the model is missing.
     """
     config = _guarded(lambda: _read_config(folder), str(folder))
     quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
+    if quantization is None and not (folder / CONFIG_NAME).is_file():
         model, info = _guarded(lambda: _from_folder(folder, config), str(folder))
         _check_keys(info, str(folder))
         return LoadedCheckpoint(set_dtype(model, dtype), "transformers", None)
-    if quantization.get("quant_method") != "compressed-tensors":
-        method = quantization.get("quant_method")
-        raise CheckpointError(
-            f"quantized with {method!r}; only compressed-tensors is read", where=str(folder)
-        )
-    names = _guarded(lambda: stored_names(folder), str(folder))
-    one_by_one = any(EXPERT.search(name) and name.endswith(MARKER) for name in names)
-    via: Via = "decoded" if one_by_one else "transformers"
+    weights = StoredWeights(folder)
+    via: Via = "decoded" if any(EXPERT.search(module) for module in weights.modules) else "transformers"
 
     def load() -> Any:
-        if one_by_one:
-            return _from_decoded(folder, config, quantization, fused)
+        if via == "decoded":
+            if quantization is not None:
+                del config.quantization_config
+            return _from_tensors(config, decoded_tensors(weights, fused))
+        if weights.dialect == "modelopt":
+            tensors, described = as_compressed_tensors(weights)
+            config.quantization_config = described | {"dequantize": True}
+            return _from_tensors(config, tensors)
+        assert quantization is not None, "compressed-tensors is described in config.json only"
         quantization["dequantize"] = True
         return _from_folder(folder, config)
 
     model, info = _guarded(load, str(folder))
     _check_keys(info, str(folder))
-    groups = quantization.get("config_groups", {}).values()
-    simulated = via == "transformers" if any(group.get("input_activations") for group in groups) else None
-    return LoadedCheckpoint(set_dtype(model, dtype), via, simulated)
+    rounded = any(weights.scheme(module).input_activations for module in weights.modules)
+    return LoadedCheckpoint(set_dtype(model, dtype), via, via == "transformers" if rounded else None)
 
 
 def check_known(config: Mapping[str, Any], label: str) -> None:
@@ -188,15 +190,6 @@ def _from_source(source: Source) -> Any:
 
     config = AutoConfig.for_model(**source.config)
     return _from_tensors(config, {name: source.read(name) for name in source.headers})
-
-
-def _from_decoded(
-    folder: Path, config: Any, quantization: dict[str, Any], fused: Sequence[FusedTensor]
-) -> Any:
-    """Model and loading info from weights decoded here, passed off as an unquantized checkpoint."""
-    tensors = decoded_tensors(folder, quantization, fused)
-    del config.quantization_config
-    return _from_tensors(config, tensors)
 
 
 def _from_tensors(config: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from compressor.dialects.base import Dialect
 from compressor.errors import PlanError, UserError
 from compressor.model.families import embedding_problem, member_rows, tied
 from compressor.model.families.base import Family
@@ -51,7 +52,11 @@ class _Rule:
 
 
 def claim_tensors(
-    headers: Mapping[str, TensorHeader], config: dict[str, Any], family: Family, weights: WeightsSection
+    headers: Mapping[str, TensorHeader],
+    config: dict[str, Any],
+    family: Family,
+    weights: WeightsSection,
+    dialect: Dialect,
 ) -> list[Claim]:
     """One claim for each tensor, in file order.
 
@@ -62,7 +67,7 @@ def claim_tensors(
     is_tied = tied(config, headers)
     refused: dict[tuple[str, str], list[str]] = defaultdict(list)
     claims = [
-        _claim(header, family.role(header, config), rules, weights, is_tied, refused)
+        _claim(header, family.role(header, config), rules, weights, dialect, is_tied, refused)
         for header in headers.values()
     ]
     faults = [
@@ -71,6 +76,7 @@ def claim_tensors(
     ]
     claims = _unfuse_copied_experts(claims)
     faults += _unmatched(rules, headers)
+    faults += _dialect_faults(claims, dialect)
     faults += _shape_faults(claims, config)
     faults += _split_fusions(claims)
     faults += _name_clashes(claims)
@@ -99,6 +105,7 @@ def _claim(
     role: Role,
     rules: list[_Rule],
     weights: WeightsSection,
+    dialect: Dialect,
     is_tied: bool,
     refused: dict[tuple[str, str], list[str]],
 ) -> Claim:
@@ -116,12 +123,12 @@ def _claim(
     if problem is not None:
         refused[rule.key, problem].append(header.name)
         return _copy(header, role, rule.key, problem)
+    holds = dialect.problem(rule.scheme) is None
     outputs = tuple(
         output
         for part in role.parts
-        for output in rule.scheme.outputs(
-            part.module, part.out_features, part.in_features, dtype=header.dtype
-        )
+        if holds  # else a fault, found for all claims together
+        for output in dialect.outputs(rule.scheme, part, dtype=header.dtype)
     )
     return Claim(header, role, "quantize", rule.key, "", rule.scheme, rule.solver, outputs)
 
@@ -193,6 +200,20 @@ def _shape_faults(claims: Sequence[Claim], config: dict[str, Any]) -> list[UserE
                     found[claim.rule, problem].append(part.module)
     return [
         UserError(f"{problem} ({_some(modules)})", where=rule) for (rule, problem), modules in found.items()
+    ]
+
+
+def _dialect_faults(claims: Sequence[Claim], dialect: Dialect) -> list[UserError]:
+    """Schemes that the export format has no form for: one fault for each rule."""
+    schemes = {claim.rule: claim.scheme for claim in claims if claim.scheme is not None}
+    return [
+        UserError(
+            problem,
+            where=rule if rule == "weights.scheme" else f"{rule}.scheme",
+            fix="take one of these schemes, or set export.format to compressed-tensors",
+        )
+        for rule, scheme in schemes.items()
+        if (problem := dialect.problem(scheme))
     ]
 
 

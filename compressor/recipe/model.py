@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from compressor.dialects.base import DialectName
 from compressor.recipe.fields import (
     Bytes,
     Count,
@@ -202,6 +203,11 @@ class EvaluateSection(Section):
 class ExportSection(Section):
     """How the result's files are laid out."""
 
+    format: DialectName = Field(
+        default="compressed-tensors",
+        description="Names and shapes of what is written, and the engine's config: `compressed-tensors`, or "
+        "`modelopt`, as NVIDIA ModelOpt exports (nvfp4a16, fp8_dynamic and fp8_block only).",
+    )
     max_shard_bytes: Bytes = Field(
         default=2_000_000_000,
         description="Largest safetensors shard: bytes, or text such as 2GB or 512MiB. A larger tensor has a "

@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressor.checkpoint.base import Source
-from compressor.checkpoint.hf_config import quantization_config, result_config
+from compressor.checkpoint.hf_config import result_config
 from compressor.checkpoint.safetensors_file import read_header
 from compressor.checkpoint.safetensors_writer import shard_names, write_index
+from compressor.dialects.base import Dialect
 from compressor.errors import CheckpointError
-from compressor.model.families import text_config, tied
-from compressor.model.names import expert_patterns, module_of
-from compressor.schemes.base import Scheme
-from compressor.stages.base import Claim, Shard
+from compressor.stages.base import Shard
+from compressor.stages.modules import modules_of
 from compressor.workspace import write_json
 
 
-def assemble(source: Source, shards: Sequence[Shard], streamed: Path, folder: Path) -> None:
-    """Writes a complete checkpoint into ``folder``: shards (linked), index, config, side files.
+def assemble(source: Source, shards: Sequence[Shard], dialect: Dialect, streamed: Path, folder: Path) -> None:
+    """Writes a complete checkpoint into ``folder``: shards (linked), index, configs, side files.
 
     Raises:
         CheckpointError: the shards do not hold exactly what was claimed.
@@ -39,7 +38,13 @@ def assemble(source: Source, shards: Sequence[Shard], streamed: Path, folder: Pa
     )
     source.write_side_files(folder)
     claims = [claim for shard in shards for unit in shard.units for claim in unit.claims]
-    write_json(folder / "config.json", _config(source, claims))
+    described = dialect.describe(modules_of(source, claims))
+    narrowed = any(
+        claim.action == "copy" and claim.outputs[0].dtype != claim.tensor.dtype for claim in claims
+    )
+    config = result_config(source.config, described.quantization_config, narrowed=narrowed)
+    for name, content in ({"config.json": config} | dict(described.files)).items():
+        write_json(folder / name, content)
 
 
 def check_outputs(shards: Sequence[Shard], files: Sequence[Path]) -> None:
@@ -68,38 +73,3 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _config(source: Source, claims: Sequence[Claim]) -> dict[str, object]:
-    by_scheme: dict[Scheme, list[str]] = {}
-    left: list[str] = []
-    fused_experts: list[str] = []
-    ends = set()
-    for claim in claims:
-        modules = [part.module for part in claim.role.parts]
-        if claim.scheme is not None:
-            by_scheme.setdefault(claim.scheme, []).extend(modules)
-            if claim.role.kind in ("embedding", "lm_head"):
-                ends.update(modules)
-        elif claim.role.kind in ("linear", "lm_head"):
-            left += modules
-        elif len(claim.tensor.shape) == 2 and claim.role.kind == "other":
-            # Routers, vision towers: linear modules that the engine must not take for quantized ones.
-            left.append(module_of(claim.tensor.name))
-        elif len(claim.tensor.shape) == 3:
-            fused_experts.append(claim.tensor.name)
-    if tied(source.config, source.headers) and "lm_head" not in left:
-        left.append("lm_head")
-    # Engines rename the modules of models with towers, and map plain names only.
-    exact = text_config(source.config) is not source.config
-    quantization = quantization_config(
-        by_scheme,
-        left,
-        frozenset(ends),
-        exact=exact,
-        ignored=expert_patterns(fused_experts, exact=exact),
-    )
-    narrowed = any(
-        claim.action == "copy" and claim.outputs[0].dtype != claim.tensor.dtype for claim in claims
-    )
-    return result_config(source.config, quantization, narrowed=narrowed)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.safetensors_writer import ShardWriter, shard_names
+from compressor.dialects.base import Dialect
 from compressor.errors import CheckpointError
 from compressor.model.names import extract
 from compressor.progress import Progress
@@ -56,7 +57,9 @@ class _Job:
         )
 
 
-def stream(source: Source, shards: Sequence[Shard], folder: Path, progress: Progress) -> bool:
+def stream(
+    source: Source, shards: Sequence[Shard], dialect: Dialect, folder: Path, progress: Progress
+) -> bool:
     """Writes every shard and its receipt into ``folder``; returns whether any was found finished.
 
     Raises:
@@ -70,7 +73,7 @@ def stream(source: Source, shards: Sequence[Shard], folder: Path, progress: Prog
     progress.start("weights", total, "bytes", done=already)
     for name, shard, done in zip(names, shards, finished, strict=True):
         if not done:
-            errors = _write_shard(source, shard, folder / name, progress)
+            errors = _write_shard(source, shard, dialect, folder / name, progress)
             # The receipt is written last: its existence means that the shard is whole.
             receipt = {"sha256": file_sha256(folder / name), "errors": [asdict(error) for error in errors]}
             write_json(_receipt_path(folder, name), receipt)
@@ -96,14 +99,16 @@ def _receipt_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.json"
 
 
-def _write_shard(source: Source, shard: Shard, path: Path, progress: Progress) -> list[PartError]:
+def _write_shard(
+    source: Source, shard: Shard, dialect: Dialect, path: Path, progress: Progress
+) -> list[PartError]:
     outputs = [output for unit in shard.units for claim in unit.claims for output in claim.outputs]
     jobs = [job for unit in shard.units for job in _jobs(unit)]
     errors: list[PartError] = []
     with ShardWriter(path, outputs) as writer:
         for job, tensors in _read_ahead(source, jobs):
             if job.parts:
-                errors += _solve(job, tensors, _importance(source, job), writer)
+                errors += _solve(job, tensors, _importance(source, job), dialect, writer)
             else:
                 for claim, tensor in zip(job.claims, tensors, strict=True):
                     _write_copy(claim, tensor, writer)
@@ -167,7 +172,11 @@ def _importance(source: Source, job: _Job) -> torch.Tensor | None:
 
 
 def _solve(
-    job: _Job, weights_OI: list[torch.Tensor], importance_I: torch.Tensor | None, writer: ShardWriter
+    job: _Job,
+    weights_OI: list[torch.Tensor],
+    importance_I: torch.Tensor | None,
+    dialect: Dialect,
+    writer: ShardWriter,
 ) -> list[PartError]:
     scheme, solver = job.claims[0].scheme, job.claims[0].solver
     assert scheme is not None
@@ -179,7 +188,7 @@ def _solve(
         raise CheckpointError(error.what, where=names, fix=error.fix) from error
     errors = []
     for (_, part), result in zip(job.parts, solved, strict=True):
-        for local, tensor in result.tensors.items():
+        for local, tensor in dialect.spell(scheme, result.tensors).items():
             writer.write(f"{part.module}.{local}", tensor)
         size = part.out_features * part.in_features
         errors.append(PartError(part.module, scheme.label, result.squared_error, result.squared_norm, size))

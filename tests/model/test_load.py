@@ -196,14 +196,14 @@ def test_faults_are_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     reasons = {
         "gptq": "'gptq'",
-        "cut": "cannot be loaded",
+        "cut": "truncated shard",
         "code": "custom code",
         "empty": "config.json",
     }
     for name, reason in reasons.items():
         with pytest.raises(CheckpointError, match=reason) as caught:
             load_checkpoint_model(tmp_path / name, torch.float32)
-        assert caught.value.where == str(tmp_path / name)
+        assert caught.value.where.startswith(str(tmp_path / name))
         assert "\n" not in caught.value.what
     with pytest.raises(CheckpointError):
         load_tokenizer(tmp_path / "empty")

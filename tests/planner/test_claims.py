@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from compressor.dialects import DIALECTS
 from compressor.errors import PlanError
 from compressor.model.families import family_for
 from compressor.planner.claims import claim_tensors
@@ -20,7 +21,9 @@ def _claims(
     weights: dict[str, Any], headers: dict[str, TensorHeader] | None = None, config: dict[str, Any] = LLAMA
 ) -> dict[str, Claim]:
     section = WeightsSection.model_validate(weights)
-    claims = claim_tensors(headers or llama_headers(), config, family_for(config), section)
+    claims = claim_tensors(
+        headers or llama_headers(), config, family_for(config), section, DIALECTS["compressed-tensors"]
+    )
     return {claim.tensor.name: claim for claim in claims}
 
 

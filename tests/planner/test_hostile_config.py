@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.checkpoint.layout import fingerprint, parse_config
+from compressor.dialects import DIALECTS
 from compressor.errors import CheckpointError, PlanError
 from compressor.model.families import family_for, tied
 from compressor.planner.claims import claim_tensors
@@ -59,7 +60,7 @@ def plan(config: dict[str, Any]) -> None:
     assert (known is None) == bool(reason)
     assert len(fingerprint(config, HEADERS, {}, [])) == 64
     try:
-        claims = claim_tensors(HEADERS, config, family, SECTION)
+        claims = claim_tensors(HEADERS, config, family, SECTION, DIALECTS["compressed-tensors"])
     except PlanError:
         return
     predicted = predict(claims, group_units(claims), config, 0)

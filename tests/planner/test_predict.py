@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from compressor.dialects import DIALECTS
 from compressor.model.families import family_for
 from compressor.planner.claims import claim_tensors
 from compressor.planner.layout import group_units
@@ -17,7 +18,7 @@ from .fakes import LLAMA, LLAMA4, llama4_headers, llama_headers
 def predicted(scheme: str, headers: dict[str, TensorHeader], config: dict[str, Any] = LLAMA) -> Prediction:
     """The prediction for a model whose projections all take one scheme."""
     section = WeightsSection.model_validate({"scheme": scheme})
-    claims = claim_tensors(headers, config, family_for(config), section)
+    claims = claim_tensors(headers, config, family_for(config), section, DIALECTS["compressed-tensors"])
     return predict(claims, group_units(claims), config, 0)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from compressor.checkpoint.folder import FolderSource
 from compressor.checkpoint.safetensors_writer import shard_names
+from compressor.dialects import DIALECTS
 from compressor.errors import CheckpointError
 from compressor.model.families import family_for
 from compressor.planner.claims import claim_tensors
@@ -24,6 +25,8 @@ from compressor.stages.base import Shard, Unit
 from compressor.stages.stream import shard_receipts, stream
 from compressor.workspace import file_sha256
 from tests.tiny import tiny_llama, tiny_llama4
+
+CT = DIALECTS["compressed-tensors"]
 
 
 class _Counting:
@@ -46,7 +49,7 @@ class _Counting:
 
 def _shards(source: FolderSource, limit: int) -> list[Shard]:
     weights = WeightsSection.model_validate({"scheme": "nvfp4a16"})
-    claims = claim_tensors(source.headers, source.config, family_for(source.config), weights)
+    claims = claim_tensors(source.headers, source.config, family_for(source.config), weights, CT)
     return pack_shards(group_units(claims), limit)
 
 
@@ -62,7 +65,7 @@ def test_each_tensor_is_read_once(source: FolderSource, tmp_path: Path) -> None:
     """No matrix is read twice (norms also tell channels' importance), and what is written was claimed."""
     shards = _shards(source, 30_000)
     counting = _Counting(source)
-    stream(counting, shards, tmp_path, Silent())
+    stream(counting, shards, CT, tmp_path, Silent())
     matrices = [name for name, _ in counting.reads if "norm" not in name]
     assert sorted(matrices) == sorted(name for name in source.headers if "norm" not in name)
     assert {name for name, _ in counting.reads} == set(source.headers)
@@ -76,25 +79,25 @@ def test_broken_read_leaves_finished_shards(source: FolderSource, tmp_path: Path
     assert len(shards) > 3
     last = shards[-1].units[-1].claims[-1].tensor.name
     with pytest.raises(CheckpointError, match="gone"):
-        stream(_Counting(source, breaks_at=last), shards, tmp_path, Silent())
+        stream(_Counting(source, breaks_at=last), shards, CT, tmp_path, Silent())
     assert len(shard_receipts(tmp_path)) == len(shards) - 1
     assert not (tmp_path / names[-1]).exists()
     counting = _Counting(source)
-    assert stream(counting, shards, tmp_path, Silent())
+    assert stream(counting, shards, CT, tmp_path, Silent())
     wanted = {claim.tensor.name for unit in shards[-1].units for claim in unit.claims}
     assert {name for name, _ in counting.reads if "norm" not in name} == {
         name for name in wanted if "norm" not in name
     }
     whole = tmp_path / "whole"
     whole.mkdir()
-    stream(source, shards, whole, Silent())
+    stream(source, shards, CT, whole, Silent())
     assert [file_sha256(tmp_path / name) for name in names] == [file_sha256(whole / name) for name in names]
 
 
 def test_receipts_hold_hash_and_errors(source: FolderSource, tmp_path: Path) -> None:
     """Each receipt names its shard's hash; together they hold one error a matrix."""
     shards = _shards(source, 10**9)
-    stream(source, shards, tmp_path, Silent())
+    stream(source, shards, CT, tmp_path, Silent())
     (receipt,) = shard_receipts(tmp_path)
     assert receipt["sha256"] == file_sha256(tmp_path / "model.safetensors")
     assert len(receipt["errors"]) == 3 * 7
@@ -109,7 +112,7 @@ def test_experts_are_read_one_by_one(tmp_path: Path) -> None:
     counting = _Counting(source)
     out = tmp_path / "out"
     out.mkdir()
-    stream(counting, _shards(source, 10**9), out, Silent())
+    stream(counting, _shards(source, 10**9), CT, out, Silent())
     fused = [(name, index) for name, index in counting.reads if ".experts." in name]
     assert fused
     assert all(index is not None for _, index in fused)
@@ -120,7 +123,7 @@ def test_unclaimed_or_missing_outputs_are_noticed(source: FolderSource, tmp_path
     """A shard that lacks a claimed tensor, or holds another, is refused before anything is exported."""
     one = _shards(source, 10**9)
     many = _shards(source, 30_000)
-    stream(source, one, tmp_path, Silent())
+    stream(source, one, CT, tmp_path, Silent())
     with pytest.raises(CheckpointError, match="not as the plan claimed"):
         check_outputs(many[:1], [tmp_path / "model.safetensors"])
 
@@ -149,7 +152,7 @@ def test_importance_is_the_norms_squared_weight(tmp_path: Path) -> None:
         )
         for shard in shards
     ]
-    stream(source, watching, tmp_path, Silent())
+    stream(source, watching, CT, tmp_path, Silent())
     given = {key: value for key, value in seen.items() if value is not None}
     assert len(given) == 2
     norms = [

@@ -1,0 +1,44 @@
+"""compressed-tensors: the dialect that schemes speak themselves, described by its own library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compressor.checkpoint.hf_config import quantization_config
+from compressor.dialects.base import Description, Dialect, Modules
+from compressor.model.names import expert_patterns
+from compressor.schemes.base import Scheme
+from compressor.spec import LinearPart, TensorHeader
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CompressedTensors(Dialect):
+    """vLLM, SGLang, transformers and TGI read it."""
+
+    name = "compressed-tensors"
+
+    def problem(self, scheme: Scheme) -> str | None:
+        """None: a scheme is described by this library (``Scheme.ct_scheme``)."""
+        return None
+
+    def outputs(self, scheme: Scheme, part: LinearPart, *, dtype: str) -> tuple[TensorHeader, ...]:
+        """See ``Dialect.outputs``."""
+        return scheme.outputs(part.module, part.out_features, part.in_features, dtype=dtype)
+
+    def spell(self, scheme: Scheme, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors as they are."""
+        return tensors
+
+    def describe(self, modules: Modules) -> Description:
+        """``quantization_config`` as ``checkpoint.hf_config`` builds it; no further files."""
+        # Engines that rename modules map plain names only.
+        config = quantization_config(
+            modules.by_scheme,
+            modules.left_16bit,
+            modules.ends,
+            exact=modules.renamed,
+            ignored=expert_patterns(modules.fused_experts, exact=modules.renamed),
+        )
+        return Description(config, {})

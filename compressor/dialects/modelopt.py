@@ -1,0 +1,177 @@
+"""NVIDIA's dialect: what ModelOpt's unified Hugging Face export writes, from the same codes and scales.
+
+NVIDIA/Model-Optimizer@0.47.0 modelopt/torch/export/quant_utils.py (``get_quant_config``,
+``process_layer_quant_config``) and convert_hf_config.py. ModelOpt knows one algorithm for a checkpoint, or
+``MIXED_PRECISION`` and a table of its modules.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from compressor.checkpoint.modelopt import (
+    ALGORITHMS,
+    CONFIG_NAME,
+    MIXED,
+    Algorithm,
+    algorithm_for,
+    modelopt_headers,
+    to_modelopt,
+)
+from compressor.dialects.base import Description, Dialect, Modules
+from compressor.schemes.base import Scheme
+from compressor.spec import LinearPart, TensorHeader
+
+if TYPE_CHECKING:
+    import torch
+
+_FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+_EXPERTS = ".experts."
+
+
+class ModelOpt(Dialect):
+    """TensorRT-LLM, SGLang and vLLM read it, each some of its algorithms; transformers does not."""
+
+    name = "modelopt"
+
+    def problem(self, scheme: Scheme) -> str | None:
+        """A clause where ModelOpt has no algorithm that stores the same."""
+        if algorithm_for(scheme.label) is not None:
+            return None
+        known = ", ".join(algorithm.preset for algorithm in ALGORITHMS)
+        return f"{scheme.label} has no form in ModelOpt's dialect, which holds {known}"
+
+    def outputs(self, scheme: Scheme, part: LinearPart, *, dtype: str) -> tuple[TensorHeader, ...]:
+        """``weight``, ``weight_scale`` and for NVFP4 ``weight_scale_2``; see ``modelopt_headers``."""
+        prefix = f"{part.module}."
+        theirs = scheme.outputs(part.module, part.out_features, part.in_features, dtype=dtype)
+        local = {header.name.removeprefix(prefix): header for header in theirs}
+        return tuple(
+            TensorHeader(prefix + name, header.dtype, header.shape)
+            for name, header in modelopt_headers(_algorithm(scheme), local).items()
+        )
+
+    def spell(self, scheme: Scheme, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See ``checkpoint.modelopt.to_modelopt``."""
+        return to_modelopt(_algorithm(scheme), tensors)
+
+    def describe(self, modules: Modules) -> Description:
+        """hf_quant_config.json, and the same as ``quantization_config``.
+
+        ``producer`` is this program: engines ask for the name "modelopt" only where config.json says nothing
+        (vllm@0.32.0 model_loader/weight_utils.py).
+        """
+        stored = {
+            module: _algorithm(scheme) for scheme, names in modules.by_scheme.items() for module in names
+        }
+        quantization = _quantization(stored, exclude_modules(_unquantized(modules), stored))
+        producer = {"name": "compressor", "version": version("compressor")}
+        return Description(
+            _inline(quantization) | {"producer": producer, "quant_method": "modelopt"},
+            {CONFIG_NAME: {"producer": producer, "quantization": quantization}},
+        )
+
+    def warnings(self, modules: Modules) -> list[str]:
+        """FP8 experts: vLLM reads one scale a matrix there (modelopt.py ``ModelOptFp8MoEMethod``)."""
+        labels = sorted(
+            scheme.label
+            for scheme, names in modules.by_scheme.items()
+            if scheme.label != "NVFP4A16" and any(_EXPERTS in name for name in names)
+        )
+        if not labels:
+            return []
+        return [
+            f"vLLM 0.32 cannot serve experts of {' and '.join(labels)} in ModelOpt's dialect: for it, use "
+            "export.format compressed-tensors, or nvfp4a16"
+        ]
+
+
+def exclude_modules(unquantized: Iterable[str], quantized: Collection[str]) -> list[str]:
+    """The unquantized modules; whole branches of them are one entry, ``BRANCH*`` or ``BRANCH.*``.
+
+    The same entries, sorted alike, as ModelOpt's ``_prefix_wildcard_summarize_exclude_modules``: the
+    shortest branch that no quantized module begins with.
+    """
+    ordered, exact = sorted(quantized), set(quantized)
+
+    def reached(prefix: str) -> bool:
+        index = bisect_left(ordered, prefix)
+        return index < len(ordered) and ordered[index].startswith(prefix)
+
+    def shortest(name: str) -> str:
+        for branch in _branches(name):
+            if not reached(branch):
+                return f"{branch}*"
+            if branch not in exact and not reached(f"{branch}."):
+                return f"{branch}.*"
+        return name
+
+    return sorted({shortest(name) for name in unquantized})
+
+
+def _algorithm(scheme: Scheme) -> Algorithm:
+    found = algorithm_for(scheme.label)
+    assert found is not None, f"the plan refuses {scheme.label}"
+    return found
+
+
+def _branches(name: str) -> Iterator[str]:
+    """``a`` and ``a.b`` of ``a.b.c``."""
+    for index, character in enumerate(name):
+        if character == ".":
+            yield name[:index]
+
+
+def _unquantized(modules: Modules) -> list[str]:
+    """What ModelOpt counts: linear layers, routers, embeddings, and the module that fused experts lie in."""
+    experts = {name.rpartition(".")[0] for name in modules.fused_experts}
+    return [*modules.left_16bit, *modules.embeddings, *sorted(experts)]
+
+
+def _quantization(stored: Mapping[str, Algorithm], excluded: list[str]) -> dict[str, Any]:
+    """The entry ``quantization`` of hf_quant_config.json.
+
+    A mixed one lists the excluded modules too, as ModelOpt does not: vLLM would give experts that are left in
+    16 bit the algorithm of their neighbours (modelopt.py ``_resolve_quant_algo``).
+    """
+    head: dict[str, Any] = {"quant_algo": MIXED, "kv_cache_quant_algo": None}
+    algorithms = set(stored.values())
+    if len(algorithms) == 1:
+        return head | _layer(algorithms.pop()) | {"exclude_modules": excluded}
+    layers = {module: _layer(algorithm) for module, algorithm in stored.items()}
+    return head | {"quantized_layers": layers, "exclude_modules": excluded}
+
+
+def _layer(algorithm: Algorithm) -> dict[str, Any]:
+    size = algorithm.group_size
+    return {"quant_algo": algorithm.name} | ({} if size is None else {"group_size": size})
+
+
+def _inline(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """``convert_hf_quant_config_format``: the same as config.json has it."""
+    inline: dict[str, Any] = {}
+    layers: Mapping[str, Mapping[str, Any]] | None = quantization.get("quantized_layers")
+    if layers is not None:
+        targets: dict[str, list[str]] = {}
+        for module, layer in layers.items():
+            targets.setdefault(layer["quant_algo"], []).append(module)
+        inline["config_groups"] = {
+            f"group_{index}": _group(name) | {"targets": sorted(names)}
+            for index, (name, names) in enumerate(targets.items())
+        }
+        inline["quantized_layers"] = layers
+    elif quantization["quant_algo"] == "W4A16_NVFP4":
+        inline["config_groups"] = {"group_0": _group("W4A16_NVFP4") | {"targets": ["Linear"]}}
+    return inline | {"ignore": quantization["exclude_modules"], "quant_algo": quantization["quant_algo"]}
+
+
+def _group(name: str) -> dict[str, Any]:
+    """``_quant_algo_to_group_config``; it has none for FP8 by blocks."""
+    if name == "W4A16_NVFP4":
+        return {"weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}}
+    if name == "FP8_PER_CHANNEL_PER_TOKEN":
+        return {"input_activations": dict(_FP8), "weights": _FP8 | {"strategy": "channel"}}
+    return {"quant_algo": name}
