@@ -83,6 +83,7 @@ def summarize(
             parameters=prediction.parameters,
         ),
         result=ResultFacts(
+            format=plan.dialect.name,
             bytes=prediction.result_bytes,
             bits_per_weight=prediction.bits_per_weight,
             bits_per_target_weight=prediction.bits_per_target_weight,
@@ -103,7 +104,7 @@ def summarize(
             cores=psutil.cpu_count(logical=True) or 1,
             memory_bytes=psutil.virtual_memory().total,
         ),
-        serve=serve_facts(_shown(output), schemes),
+        serve=serve_facts(_shown(output), schemes, str(plan.source.config.get("model_type", ""))),
         files={
             path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != STAGE_FILE
         },

@@ -111,20 +111,39 @@ def tiny_llama4(
     return folder
 
 
+def tiny_model(
+    folder: Path, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype, *, seed: int = 0
+) -> Path:
+    """Writes a random model of any class with a byte tokenizer into ``folder`` and returns it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _save(model_class(config), folder, 1, dtype)
+    return folder
+
+
+def tokens_of_bytes() -> dict[str, Any]:
+    """The configuration that goes with the byte tokenizer."""
+    return {
+        "vocab_size": 256,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": EOS_ID,
+    }
+
+
 def _common(layers: int, hidden: int, heads: int, kv_heads: int, vocab: int, tie: bool) -> dict[str, Any]:
     """Configuration that the tiny families share."""
     assert vocab > EOS_ID, "the byte tokenizer needs 256 ids"
     return {
+        **tokens_of_bytes(),
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "vocab_size": vocab,
-        "max_position_embeddings": 512,
         "tie_word_embeddings": tie,
-        "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
-        "pad_token_id": EOS_ID,
     }
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "run": ("compressor.cli.run", "Run a recipe: plan, compress, evaluate, export."),
     "plan": ("compressor.cli.plan", "Show what a recipe will do and cost, from headers alone."),
     "eval": ("compressor.cli.evaluate", "Measure a checkpoint against its source on any text."),
+    "verify": ("compressor.cli.verify", "Prove that a checkpoint is whole and that vLLM serves it rightly."),
     "inspect": ("compressor.cli.inspect", "Show what a checkpoint holds."),
     "report": ("compressor.cli.report", "Show the report of a finished run again."),
     "recipes": ("compressor.cli.recipes", "List the shipped recipes."),
@@ -63,8 +64,8 @@ def cli() -> None:
     compress run recipes/smollm2-nvfp4.yaml
     compress plan recipes/scout-nvfp4.yaml
 
-    Exit status: 0 done, 1 a quality gate failed, 2 bad input, 3 internal error, 130 interrupted (run the same
-    command again to go on).
+    Exit status: 0 done, 1 a quality gate or a verification failed, 2 bad input, 3 internal error,
+    130 interrupted (run the same command again to go on).
     """
 
 
@@ -92,7 +93,9 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
-        cli.main(arguments, prog_name="compress", standalone_mode=False)
+        # What a command gave to ctx.exit; None where it simply returned.
+        code: int | None = cli.main(arguments, prog_name="compress", standalone_mode=False)
+        return code or 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except SystemExit:
@@ -115,7 +118,6 @@ def _run(arguments: list[str]) -> int:
         return _system_error(error, arguments)
     except Exception as error:
         return _unexpected(error, arguments)
-    return 0
 
 
 def _system_error(error: OSError, arguments: list[str]) -> int:

@@ -47,7 +47,7 @@ def evaluate_pair(
         ids_T,
         context=spec.context,
         progress=progress,
-        first=_leading_token(tokenizer),
+        first=leading_token(tokenizer),
         seed=spec.seed,
     )
     task_dtype = fast_dtype(device)
@@ -94,7 +94,7 @@ def _compare_tasks(
     return tuple(compare_tasks(both[0][task], both[1][task]) for task in tasks)
 
 
-def _leading_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def leading_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The ``<bos>`` that the tokenizer puts before every text, or None if it puts none."""
     ids = tokenizer("a", verbose=False)["input_ids"]
     first: int | None = tokenizer.bos_token_id

@@ -43,6 +43,7 @@ def render_card(report: Report, recipe_yaml: str) -> str:
         _overview(report),
         _done(report),
         _serving(report),
+        _verified(report),
         _evaluation(report),
         _limits(report),
         _making(report, recipe_yaml),
@@ -71,7 +72,7 @@ def _front_matter(report: Report) -> str:
     if source.license and _LICENSE.fullmatch(source.license):
         facts["license"] = source.license
     labels = (label.lower().replace(" ", "-") for label in report.result.schemes)
-    tags = ["compressed-tensors", "quantized", *(label for label in labels if _TAG.fullmatch(label))]
+    tags = [report.result.format, "quantized", *(label for label in labels if _TAG.fullmatch(label))]
     facts |= {"library_name": "vllm", "pipeline_tag": "text-generation", "tags": tags}
     return yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
 
@@ -133,6 +134,20 @@ def _serving(report: Report) -> str:
     ]
     if report.serve.notes:
         parts.append("\n".join(f"- {escape(note)}" for note in report.serve.notes))
+    return "\n\n".join(parts)
+
+
+def _verified(report: Report) -> str:
+    found = report.verification
+    if found is None:
+        return f"## Verified\n\n{_caption(rows.UNVERIFIED)}"
+    parts = [
+        "## Verified",
+        f"{escape(rows.verdict(found))} ({found.created[:10]}).",
+        _table(("check", "status", "finding"), rows.check_rows(found), left=3),
+    ]
+    if found.engine is not None:
+        parts.append(_table(("engine", ""), rows.engine_rows(found.engine), left=2))
     return "\n\n".join(parts)
 
 

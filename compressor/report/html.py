@@ -18,6 +18,7 @@ from compressor.workspace import write_atomic
 LINKS = {
     "vLLM": "https://docs.vllm.ai/",
     "compressed-tensors": "https://github.com/vllm-project/compressed-tensors",
+    "modelopt": "https://github.com/NVIDIA/Model-Optimizer",
 }
 PAGE_FILE = "report.html"
 _BAR_WIDTH = 1000.0
@@ -30,7 +31,7 @@ def write_html(folder: Path, report: Report) -> None:
 
 def render_html(report: Report) -> str:
     """The page ``report.html``."""
-    quality = report.quality
+    quality, found = report.quality, report.verification
     before, after = rows.segments(report)
     largest = max(report.source.bytes, report.result.bytes, 1)
     return _template().render(
@@ -49,6 +50,9 @@ def render_html(report: Report) -> str:
         gates=[rows.gate_row(gate) for gate in report.gates],
         failed=any(not gate.passed for gate in report.gates),
         stages=rows.stage_rows(report),
+        checks=rows.check_rows(found) if found else [],
+        engine=rows.engine_rows(found.engine) if found else [],
+        verdict=rows.verdict(found) if found else rows.UNVERIFIED,
         request=request_command(report.serve.model),
     )
 

@@ -9,34 +9,19 @@ from __future__ import annotations
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from compressor.dialects.base import DialectName
 from compressor.errors import CheckpointError
+from compressor.report.record import Count, Measure, Ordered, Record
+from compressor.report.verification import Verification
 
 REPORT_FILE = "report.json"
 SCHEMA_VERSION: Final = 1
 _MAX_BYTES = 64 << 20
 _SHOWN_FAULTS = 5
-
-
-def _from_word(value: object) -> object:
-    """JSON has no infinities: they are written as words, which strict floats would refuse."""
-    words = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
-    return words.get(value, value) if isinstance(value, str) else value
-
-
-Count = Annotated[int, Field(ge=0)]
-Measure = Annotated[float, BeforeValidator(_from_word)]
-_V = TypeVar("_V")
-Ordered = dict[str, _V]  # read-only by convention: order is the order of tables
-
-
-class Record(BaseModel):
-    """Base of the report's parts: frozen, no unknown keys, no coercion between types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="strings")
 
 
 class SourceFacts(Record):
@@ -93,6 +78,7 @@ class ResultFacts(Record):
     """The compressed checkpoint.
 
     Attributes:
+        format: the dialect that it is written in (``export.format``).
         bytes: tensor bytes in safetensors.
         bits_per_weight: 8 * ``bytes`` / source parameters (tied once).
         bits_per_target_weight: the same over the tensors that the rules target, scales included.
@@ -101,6 +87,7 @@ class ResultFacts(Record):
         left_16bit: what is not, by reason.
     """
 
+    format: DialectName = "compressed-tensors"
     bytes: Count
     bits_per_weight: Measure
     bits_per_target_weight: Measure
@@ -271,6 +258,7 @@ class Report(Record):
         device: what it ran on.
         serve: how to serve the result.
         files: name -> bytes of the output folder's files, without those that describe the run.
+        verification: what ``compress verify`` found, or None until it has run.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -286,6 +274,7 @@ class Report(Record):
     device: Device
     serve: Serve
     files: dict[str, Count]
+    verification: Verification | None = None
 
     def to_json(self) -> str:
         """Indented JSON; infinities and NaN as the words ``Infinity``, ``-Infinity`` and ``NaN``."""

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compressor.report.model import Gate, Quality, Report, ResultFacts
+from compressor.report.verification import EngineFacts, Verification
 from compressor.report.words import BYTE_UNITS, duration, number, percent, size
 
 UNMEASURED = "quality not measured"
+UNVERIFIED = "not verified yet: `compress verify` proves that the checkpoint loads and is served rightly"
 
 
 @dataclass(frozen=True)
@@ -212,3 +214,42 @@ def _segments_after(result: ResultFacts) -> tuple[Segment, ...]:
         Segment("scales", "scales", scales),
         Segment("rest", "left in 16 bit", max(result.bytes - quantized, 0)),
     )
+
+
+def check_rows(found: Verification) -> list[tuple[str, str, str]]:
+    """(check, status, finding) in the order in which they were made."""
+    return [(check.name, check.status, check.detail) for check in found.checks]
+
+
+def engine_rows(engine: EngineFacts | None) -> list[tuple[str, str]]:
+    """(what, finding) of the engine's answer; empty where none was asked."""
+    if engine is None:
+        return []
+    plugins = f", with plug-ins {', '.join(engine.plugins)}" if engine.plugins else ""
+    rows = [
+        ("program", f"{engine.name} {engine.version} on {engine.device}, {engine.dtype}{plugins}"),
+        ("verdict", engine.verdict),
+        ("because", engine.reason),
+    ]
+    if engine.max_difference is not None:
+        rows.append(("largest difference", f"{number(engine.max_difference, 4)} nats"))
+    if engine.greedy_tokens:
+        equal = f"{engine.greedy_tokens_equal} of {engine.greedy_tokens} tokens before the first difference"
+        rows.append(("greedy text", equal))
+    if engine.server is not None:
+        rows.append(("server", engine.server))
+    return rows
+
+
+def verdict(found: Verification) -> str:
+    """One sentence: whether the checkpoint is what it should be, and who says so."""
+    failed = [check.name for check in found.checks if check.status == "failed"]
+    if failed:
+        return f"FAILED: {', '.join(failed)}"
+    engine = found.engine
+    if engine is None:
+        return "passed, without an engine" if found.passed else "FAILED: no engine was asked"
+    if engine.verdict == "agrees":
+        return f"passed: {engine.name} {engine.version} loads it and agrees"
+    word = "passed, but not proven by the engine" if found.passed else "FAILED"
+    return f"{word}: {engine.name} {engine.version}: {engine.verdict}"

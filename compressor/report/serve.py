@@ -1,8 +1,6 @@
 """The exact ``vllm serve`` line of a checkpoint, and what its schemes need of the machine that serves it.
 
-The notes state what loading real checkpoints into vLLM 0.32 showed on CPU (log-probabilities against
-transformers, 200 tokens and more), and for NVFP4 the fallback that vLLM documents in
-vllm/model_executor/layers/quantization/utils/marlin_utils_fp4.py.
+The notes state what loading checkpoints into vLLM showed: 0.32 on CPU, 0.26 on an H200 (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -30,10 +28,7 @@ _NOTES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("FP8BLOCK", ("On CPU, vLLM 0.32 computes {label} as W8A16; its log-probabilities agree there.",)),
     (
         "FP8DYNAMIC",
-        (
-            "On CPU, vLLM 0.32 loads {label} and reads sanely, but agreement is not settled and it ran "
-            "85 times slower than bf16: serve on a GPU.",
-        ),
+        ("On CPU, vLLM 0.32 computes {label} value by value, minutes for a prompt: serve on a GPU.",),
     ),
     (
         "W4A16",
@@ -43,19 +38,35 @@ _NOTES: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("W8A16", (_NO_CPU_KERNEL,)),
-    ("W8A8", ("On CPU, vLLM 0.32 loads {label} and reads sanely, but agreement is not settled.",)),
+    (
+        "W8A8",
+        (
+            "Rounding activations to 8 bits moves log-probabilities about as far as quantization does: "
+            "two right programs differ as much, so that agreement of {label} cannot be decided by them.",
+        ),
+    ),
+)
+# model_type of Llama 4, and what was measured of its experts (docs/serving.md).
+_ROUTED_ON_INPUT = ("llama4", "llama4_text")
+_TWICE = (
+    "vLLM 0.26 on Hopper applies the router's weights of Llama 4's {label} experts twice, so that it serves "
+    "another model (vllm-project/vllm#43694 describes the same for other kernels): run `compress verify` on "
+    "the machine that will serve. INT4 experts agreed there."
 )
 _UNKNOWN = "No serving check of {label} is recorded: compare log-probabilities before relying on it."
 
 
-def serve_facts(path: str, scheme_labels: Iterable[str]) -> Serve:
+def serve_facts(path: str, scheme_labels: Iterable[str], model_type: str = "") -> Serve:
     """The command that serves the checkpoint at ``path`` (as the user will type it), and its notes.
 
-    No flags: everything that the engine needs is in the checkpoint's config.
+    No flags: everything that the engine needs is in the checkpoint's config. ``model_type``: of that config.
     """
     # An engine would take a leading dash for an option.
     model = f"./{path}" if path.startswith("-") else path
-    notes = [note for label in scheme_labels for note in scheme_notes(label)]
+    labels = list(scheme_labels)
+    notes = [note for label in labels for note in scheme_notes(label)]
+    if model_type in _ROUTED_ON_INPUT:
+        notes += [_TWICE.format(label=label) for label in labels if label.startswith("NVFP4")]
     return Serve(command=f"vllm serve {shell_quote(model)}", model=model, notes=tuple(dict.fromkeys(notes)))
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from compressor.report import rows
 from compressor.report.model import Report
+from compressor.report.verification import Verification
 from compressor.report.words import size, visible
 
 MIN_WIDTH, MAX_WIDTH = 60, 200
@@ -60,6 +61,23 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for note in report.serve.notes:
         show.line(note, style="dim")
 
+    show.title("Verified")
+    if report.verification is None:
+        show.line(rows.UNVERIFIED, style="dim")
+    else:
+        _show_verification(show, report.verification)
+
+
+def print_verification(found: Verification, console: Console) -> None:
+    """Prints what a verification found, check by check; the last line is the verdict."""
+    _show_verification(_Printer(console), found)
+
+
+def _show_verification(show: _Printer, found: Verification) -> None:
+    show.pairs(("check", "status", "finding"), rows.check_rows(found))
+    show.pairs(("engine", ""), rows.engine_rows(found.engine))
+    show.line(rows.verdict(found), style="bold green" if found.passed else "bold red")
+
 
 class _Printer:
     """Prints strangers' strings: visible characters only, and only those that the stream can encode."""
@@ -82,6 +100,16 @@ class _Printer:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
         for index, head in enumerate(heads):
             table.add_column(head, justify="right" if index else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*(self._text(cell) for cell in row))
+        if table.row_count:
+            self._console.print(table)
+
+    def pairs(self, heads: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
+        """One table of words: every column left aligned and folded."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+        for head in heads:
+            table.add_column(head, overflow="fold")
         for row in cells:
             table.add_row(*(self._text(cell) for cell in row))
         if table.row_count:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,17 @@ from compressor.cli.main import COMMANDS
 HEAVY = {"torch", "transformers", "compressed_tensors", "llmcompressor", "lm_eval", "datasets", "numba"}
 
 
-def compress(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs ``python -m compressor`` in a process of its own."""
+def compress(
+    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m compressor`` in a process of its own; ``env`` adds to the environment."""
     return subprocess.run(
-        [sys.executable, "-m", "compressor", *arguments], capture_output=True, text=True, cwd=cwd, check=False
+        [sys.executable, "-m", "compressor", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        check=False,
     )
 
 

@@ -21,6 +21,7 @@ from compressor.report.model import (
     WeightFacts,
 )
 from compressor.report.serve import serve_facts
+from compressor.report.verification import EngineFacts, Verification, VerifyCheck
 
 PARAMETERS = 134_515_008
 TARGETS = 106_168_320
@@ -96,6 +97,37 @@ def sample_report(path: str = "out/smollm2-nvfp4", *, passed: bool = True, quali
         device=Device(name="Example CPU", cores=2, memory_bytes=8_000_000_000),
         serve=serve_facts(path, ["NVFP4A16"]),
         files={"config.json": 1_804, "model.safetensors": codes + scales + rest + 30_000},
+        verification=sample_verification(),
+    )
+
+
+def sample_verification() -> Verification:
+    """Checks that passed, and an engine that agrees."""
+    return Verification(
+        created="2026-01-02T04:05:06Z",
+        passed=True,
+        checks=(
+            VerifyCheck(name="files", status="passed", detail="1 file, 272 tensors"),
+            VerifyCheck(name="weights", status="passed", detail="210 matrices decode to the source's"),
+        ),
+        engine=EngineFacts(
+            name="vllm",
+            version="0.32.0",
+            device="cpu",
+            dtype="float32",
+            plugins=(),
+            verdict="agrees",
+            reason="mean difference 0.0002 nats over 510 tokens (noise floor 0.0001, effect 0.3)",
+            tokens=510,
+            mean_difference=0.0002,
+            max_difference=0.01,
+            noise_floor=0.0001,
+            noise_floor_measured=True,
+            effect=0.3,
+            greedy_tokens_equal=48,
+            greedy_tokens=48,
+            server="answers /v1/completions",
+        ),
     )
 
 
@@ -141,6 +173,8 @@ def hostile_report() -> Report:
     result, quality = report.result, report.quality
     assert quality is not None
     error = TensorError(name=ATTACK, relative_error=0.01)
+    engine = sample_verification().engine
+    assert engine is not None
     return report.model_copy(
         update={
             "name": ATTACK,
@@ -167,5 +201,14 @@ def hostile_report() -> Report:
             "device": report.device.model_copy(update={"name": ATTACK}),
             "serve": Serve(command=ATTACK, model=ATTACK, notes=(ATTACK,)),
             "files": {ATTACK: 1},
+            "verification": Verification(
+                created="2026-01-02T04:05:06Z",
+                passed=False,
+                checks=(VerifyCheck(name=ATTACK, status="failed", detail=ATTACK),),
+                engine=engine.model_copy(
+                    update={"plugins": (ATTACK,)}
+                    | dict.fromkeys(("name", "version", "device", "dtype", "reason", "server"), ATTACK)
+                ),
+            ),
         }
     )

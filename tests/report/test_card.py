@@ -44,6 +44,14 @@ def test_front_matter() -> None:
     }
 
 
+def test_front_matter_names_the_dialect() -> None:
+    """A ModelOpt folder is not found under compressed-tensors."""
+    report = sample_report()
+    result = report.result.model_copy(update={"format": "modelopt"})
+    facts, _ = split(render_card(report.model_copy(update={"result": result}), RECIPE))
+    assert facts["tags"] == ["modelopt", "quantized", "nvfp4a16"]
+
+
 def test_front_matter_of_an_unknown_base() -> None:
     """What is not known is left out, not guessed; the overview says so."""
     report = sample_report()
@@ -71,6 +79,7 @@ def test_sections_and_figures() -> None:
         "## Overview",
         "## What was done",
         "## How to serve",
+        "## Verified",
         "## Evaluation",
         "## Limits",
         "## How it was made",
@@ -114,7 +123,7 @@ def test_hostile_names_make_no_markup() -> None:
     assert not {"html_block", "html_inline", "link_open", "image", "code_block", "hr"} & {
         t.type for t in found
     }
-    assert sum(token.type == "heading_open" for token in found) == 7
+    assert sum(token.type == "heading_open" for token in found) == 8
     blocks = [token.content for token in found if token.type == "fence"]
     assert len(blocks) == 4
     assert blocks[0] == "\n".join(visible(line) for line in ATTACK.split("\n")) + "\n"
@@ -127,9 +136,9 @@ def test_hostile_names_keep_tables_whole() -> None:
     honest = split(render_card(sample_report(), RECIPE))[1]
     hostile = split(render_card(hostile_report(), RECIPE))[1]
     count = [sum(t.type == "table_open" for t in tokens(body)) for body in (honest, hostile)]
-    assert count[0] == count[1] == 9
+    assert count[0] == count[1] == 11
     widths = [line.count(" ---") for line in hostile.splitlines() if line.startswith("| ---")]
-    assert widths == [2, 3, 5, 3, 3, 5, 4, 5, 2]
+    assert widths == [2, 3, 5, 3, 3, 3, 2, 5, 4, 5, 2]
 
 
 @given(st.text(min_size=1))

@@ -68,8 +68,20 @@ def test_page_holds_only_harmless_markup(report: Report) -> None:
     page = Page(render_html(report))
     assert page.tags <= ALLOWED_TAGS
     assert {name for name, _ in page.attributes} <= ALLOWED_ATTRIBUTES
-    assert {value for name, value in page.attributes if name == "href"} == set(LINKS.values())
+    assert {value for name, value in page.attributes if name == "href"} == {
+        LINKS["vLLM"],
+        LINKS["compressed-tensors"],
+    }
     assert all(link.startswith("https://") for link in LINKS.values())
+
+
+def test_page_links_the_dialect() -> None:
+    """To the project that defines how these weights are stored."""
+    report = sample_report()
+    result = report.result.model_copy(update={"format": "modelopt"})
+    page = render_html(report.model_copy(update={"result": result}))
+    assert f'<a href="{LINKS["modelopt"]}">modelopt</a>' in page
+    assert LINKS["compressed-tensors"] not in page
 
 
 def test_hostile_names_are_shown_in_full() -> None:

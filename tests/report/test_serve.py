@@ -54,10 +54,10 @@ def test_request_is_json_for_the_served_name() -> None:
         ("MXFP4", "no CPU kernel"),
         ("FP8-block", "computes FP8-block as W8A16"),
         ("FP8_BLOCK", "computes FP8_BLOCK as W8A16"),
-        ("FP8-dynamic", "85 times slower"),
+        ("FP8-dynamic", "minutes for a prompt"),
         ("W4A16 g64", "VLLM_CPU_INT4_W4A8=0"),
         ("W8A16", "no CPU kernel"),
-        ("W8A8", "not settled"),
+        ("W8A8", "cannot be decided"),
         ("ODD5", "No serving check of ODD5 is recorded"),
     ],
 )
@@ -69,3 +69,11 @@ def test_notes_of_schemes(label: str, phrase: str) -> None:
 def test_notes_are_said_once() -> None:
     """Two spellings of a note stay two, one stays one."""
     assert len(serve_facts("m", ["NVFP4A16", "NVFP4A16"]).notes) == 2
+
+
+def test_llama4_experts_come_with_a_warning() -> None:
+    """An engine that loads them and computes another model is worse than one that refuses."""
+    for model_type in ("llama4", "llama4_text"):
+        assert any("twice" in note for note in serve_facts("out", ["NVFP4A16"], model_type).notes)
+        assert not any("twice" in note for note in serve_facts("out", ["W4A16"], model_type).notes)
+    assert not any("twice" in note for note in serve_facts("out", ["NVFP4A16"], "llama").notes)

@@ -1,0 +1,91 @@
+"""``compress verify``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from compressor.cli.options import DEFAULT_WORKSPACE, log_json_option, quiet_option
+
+
+@click.command(name="verify")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--source", help="What it was made from.  [default: the local source that its recipe names]")
+@click.option("--revision", help="Commit, tag or branch of a Hub source.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "vllm", "none"]),
+    default="auto",
+    show_default=True,
+    help="vllm: fail unless vLLM agrees; auto: ask it where an environment is found; none: do not.",
+)
+@click.option(
+    "--engine-python",
+    type=click.Path(path_type=Path),
+    help="Interpreter of vLLM's environment.  [default: $COMPRESS_ENGINE_PYTHON, .venv-serve, this one]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="What the engine computes in; auto: float32 on a CPU, bfloat16 on an accelerator.",
+)
+@click.option("--text", default="calibration/heldout.jsonl", show_default=True, help="Text to score.")
+@click.option(
+    "--tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of it; 200 at least."
+)
+@click.option("--server/--no-server", default=True, help="Start the OpenAI-compatible server and ask it too.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
+@quiet_option
+@log_json_option
+def command(
+    checkpoint: Path,
+    source: str | None,
+    revision: str | None,
+    engine: Literal["auto", "vllm", "none"],
+    engine_python: Path | None,
+    dtype: Literal["auto", "float32", "float16", "bfloat16"],
+    text: str,
+    tokens: int,
+    server: bool,
+    as_json: bool,
+    quiet: bool,
+    log_json: bool,
+) -> None:
+    """Prove that the folder CHECKPOINT is whole, means what its source means, and is served so.
+
+    Checks files, config, tensors and scales; compares every weight with the source; loads it with
+    transformers and scores a text; then does the same with vLLM in an environment of its own
+    (scripts/serve_env.sh) and compares the log-probabilities. The result goes into the folder's report too.
+    Exit status 1 if a check failed, or if vLLM was insisted on and does not agree.
+    """
+    from compressor.cli.progress import reporter
+    from compressor.errors import EXIT_GATE
+    from compressor.report.terminal import print_verification, report_console
+    from compressor.verify.run import verify
+    from compressor.verify.spec import VerifySpec
+
+    spec = VerifySpec(
+        checkpoint=checkpoint,
+        cache=DEFAULT_WORKSPACE.absolute() / "hub",
+        source=source,
+        revision=revision,
+        engine=engine,
+        engine_python=engine_python,
+        dtype=dtype,
+        text=text,
+        tokens=tokens,
+        server=server,
+    )
+    with reporter(quiet=quiet, log_json=log_json) as progress:
+        found = verify(spec, progress)
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+    else:
+        print_verification(found, report_console(sys.stdout))
+    if not found.passed:
+        click.get_current_context().exit(EXIT_GATE)

@@ -1,0 +1,116 @@
+"""What a verification works with: the source of the checkpoint, an engine's copy of it, and the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.checkpoint.base import Source
+from compressor.checkpoint.safetensors_writer import ShardWriter
+from compressor.checkpoint.sources import local_path, open_source
+from compressor.data import find
+from compressor.errors import UserError
+from compressor.evals.run import leading_token
+from compressor.evals.text import tokens_from_text
+from compressor.progress import Progress
+from compressor.recipe.load import load_recipe
+from compressor.workspace import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECIPE_FILE = "recipe.yaml"
+# Long enough for several blocks of a paged KV cache.
+WINDOW = 256
+PROMPT = 16
+PROMPTS = 3
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids: ``windows`` are scored, ``prompts`` are continued; ``text`` is that of the first prompt."""
+
+    windows: tuple[tuple[int, ...], ...]
+    prompts: tuple[tuple[int, ...], ...]
+    text: str
+
+    @property
+    def scored(self) -> int:
+        """Tokens that get a log-probability: all but a window's first."""
+        return sum(len(window) - 1 for window in self.windows)
+
+
+def find_source(
+    checkpoint: Path, named: str | None, revision: str | None, cache: Path, progress: Progress
+) -> Source | None:
+    """The source that ``named`` names, else the local one that the checkpoint's own recipe names, or None.
+
+    A Hub id in the recipe is not followed: nobody asked for the download. Says why where there is none.
+
+    Raises:
+        UserError: ``named`` cannot be opened.
+    """
+    if named is not None:
+        return open_source(named, revision=revision, cache=cache)
+    recipe = checkpoint / RECIPE_FILE
+    hint = "its values are not compared with a source; name one with --source"
+    if not recipe.is_file():
+        progress.warn(f"{checkpoint} has no {RECIPE_FILE}: {hint}")
+        return None
+    try:
+        model = load_recipe(str(recipe.absolute())).recipe.model
+        # The export names its source from its own folder.
+        beside = recipe.absolute().parent
+        if local_path(model.source, beside) is None:
+            progress.warn(f"the source {model.source} is on the Hub: {hint} {model.source}")
+            return None
+        return open_source(model.source, sha256=model.sha256, beside=beside)
+    except UserError as error:
+        progress.warn(f"the source that {RECIPE_FILE} names cannot be opened ({error.what}): {hint}")
+        return None
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, longest: int | None) -> Tokens:
+    """``tokens`` tokens of a text in windows, each with the leading token that the model was trained with.
+
+    ``longest``: the model's positions, or None.
+
+    Raises:
+        UserError: the text is missing, or shorter than asked for.
+    """
+    ids = tokens_from_text(tokenizer, find(text, what="text"), tokens).tolist()
+    first = leading_token(tokenizer)
+    lead = () if first is None else (first,)
+    step = min(WINDOW, longest or WINDOW) - len(lead)
+    windows = [(*lead, *ids[start : start + step]) for start in range(0, len(ids), step)]
+    starts = range(0, len(ids), max(1, len(ids) // PROMPTS))
+    prompts = [(*lead, *ids[start : start + PROMPT]) for start in starts][:PROMPTS]
+    start = tokenizer.decode(ids[:PROMPT], clean_up_tokenization_spaces=False)
+    return Tokens(tuple(window for window in windows if len(window) > 1), tuple(prompts), start)
+
+
+def plain_folder(source: Source, scratch: Path) -> Path:
+    """A folder that an engine can load the source from: its own, or one written into ``scratch`` (GGUF)."""
+    own = source.model_dir()
+    if own is not None and source.gguf_file() is None:
+        return own
+    folder = scratch / "source"
+    folder.mkdir(parents=True)
+    headers = list(source.headers.values())
+    with ShardWriter(folder / "model.safetensors", headers) as writer:
+        for header in headers:
+            writer.write(header.name, source.read(header.name))
+    source.write_side_files(folder)
+    write_json(folder / "config.json", source.config)
+    return folder
+
+
+def equal_before_difference(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]]) -> int:
+    """Tokens of greedy continuations up to the first difference of each, summed."""
+    total = 0
+    for ours, theirs in zip(left, right, strict=True):
+        pairs = list(zip(ours, theirs, strict=False))
+        total += next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    return total

@@ -1,0 +1,180 @@
+"""The checkpoint and its source as transformers computes them: the reference that an engine must meet."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from math import isfinite, log1p
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.checkpoint.base import Source
+from compressor.device import available_memory_bytes
+from compressor.errors import CheckpointError
+from compressor.model.families import family_for
+from compressor.progress import Progress
+from compressor.report.model import load_report
+from compressor.verify.base import Check
+from compressor.verify.inputs import Tokens, tokens_of
+from compressor.verify.judge import Logprobs, distance
+from compressor.verify.spec import VerifySpec
+
+if TYPE_CHECKING:
+    from compressor.model.decode import FusedTensor
+    from compressor.model.load import LoadedCheckpoint
+
+NEW_TOKENS = 16
+_BYTES_PER_WEIGHT = 4
+_ROOM_BYTES = 2 << 30
+# A loss may exceed the report's by this much on another text: its own growth again twice over, or 0.1 nats.
+_GROWTH = 3.0
+_SLACK_NATS = 0.1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers computed in float32.
+
+    Attributes:
+        check: whether the checkpoint could be loaded and is finite; all else is meaningless unless it passed.
+        tokens: what was scored and continued, or None.
+        checkpoint: log-probabilities by the checkpoint with its weights decoded.
+        rounded: the same with activations rounded as the scheme says, or None where it leaves them alone or
+            they cannot be simulated.
+        rounded_noise: mean distance between ``rounded`` and the same computed in 16 bit: rounding turns the
+            least difference into another code, so that two right programs are this far apart.
+        unsimulated: whether the scheme rounds activations and ``rounded`` could not be made.
+        source: log-probabilities by the source, or None.
+        greedy: the checkpoint's greedy continuations.
+    """
+
+    check: Check
+    tokens: Tokens | None = None
+    checkpoint: Logprobs = ()
+    rounded: Logprobs | None = None
+    rounded_noise: float = 0.0
+    unsimulated: bool = False
+    source: Logprobs | None = None
+    greedy: tuple[tuple[int, ...], ...] = ()
+
+
+def load_reference(spec: VerifySpec, source: Source | None, progress: Progress) -> Reference:
+    """Loads the checkpoint, then the source, one after the other, and scores the same tokens with both.
+
+    Raises:
+        UserError: the text cannot be used, or the source cannot be loaded.
+    """
+    import torch
+
+    from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer
+    from compressor.verify.reference import greedy_tokens, prompt_logprobs
+
+    needed, available = _memory_needed(spec.checkpoint), available_memory_bytes()
+    if needed > available:
+        short = f"loading takes about {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are free"
+        return Reference(Check("transformers", "skipped", short))
+    progress.log("loading the checkpoint with transformers")
+    try:
+        tokenizer = load_tokenizer(spec.checkpoint)
+        loaded = load_checkpoint_model(spec.checkpoint, torch.float32, fused=fused_tensors(source))
+    except CheckpointError as error:
+        return Reference(Check("transformers", "failed", error.what))
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = tokens_of(tokenizer, spec.text, spec.tokens, longest)
+    rounded, noise = _rounded(loaded, tokens) if loaded.activations_simulated else (None, 0.0)
+    scored = prompt_logprobs(loaded.model, tokens.windows)
+    if not all(isfinite(value) for window in scored for value in window):
+        return Reference(Check("transformers", "failed", "it computes NaN or infinite log-probabilities"))
+    greedy = greedy_tokens(loaded.model, tokens.prompts, NEW_TOKENS)
+    unsimulated = loaded.activations_simulated is False
+    how = "its own loader" if loaded.via == "transformers" else "its weights decoded first"
+    del loaded
+    gc.collect()
+    of_source = None
+    if source is not None:
+        progress.log("loading the source with transformers")
+        of_source = prompt_logprobs(load_source_model(source, torch.float32), tokens.windows)
+        gc.collect()
+    passed = Check("transformers", "passed", f"loads with {how}; {tokens.scored} tokens scored in float32")
+    return Reference(passed, tokens, scored, rounded, noise, unsimulated, of_source, greedy)
+
+
+def _rounded(loaded: LoadedCheckpoint, tokens: Tokens) -> tuple[Logprobs, float]:
+    """``Reference.rounded`` and ``rounded_noise``; leaves the model in float32 with unrounded activations."""
+    import torch
+    from compressed_tensors.quantization import disable_quantization
+
+    from compressor.model.load import set_dtype
+    from compressor.verify.reference import prompt_logprobs
+
+    rounded = prompt_logprobs(loaded.model, tokens.windows)
+    weights = {name: parameter.data for name, parameter in loaded.model.named_parameters()}
+    in_16_bit = prompt_logprobs(set_dtype(loaded.model, torch.bfloat16), tokens.windows)
+    for name, parameter in loaded.model.named_parameters():
+        parameter.data = weights[name]
+    set_dtype(loaded.model, torch.float32).apply(disable_quantization)
+    return rounded, distance(rounded, in_16_bit).mean
+
+
+def check_quality(checkpoint: Path, reference: Reference) -> list[Check]:
+    """``loss``: what the checkpoint loses on the tokens, against what its own report says it loses."""
+    if reference.source is None:
+        return [Check("loss", "skipped", "there is no source to compare with")]
+    growth = _mean_loss(reference.checkpoint) - _mean_loss(reference.source)
+    try:
+        quality = load_report(checkpoint).quality
+    except CheckpointError:  # a checkpoint of another program, or a report that is a link
+        quality = None
+    if quality is None:
+        text = f"{growth:+.4f} nats a token against the source; no report says what to expect"
+        return [Check("loss", "passed", text)]
+    reported = log1p(quality.perplexity.increase)
+    allowed = max(_GROWTH * reported, reported + _SLACK_NATS)
+    text = f"{growth:+.4f} nats a token against the source; the report says {reported:+.4f} on its text"
+    return [Check("loss", "passed" if growth <= allowed else "failed", text)]
+
+
+def check_source_values(checkpoint: Path, source: Source, progress: Progress) -> list[Check]:
+    """The checks of ``verify.values``, or none where nothing in the folder is quantized."""
+    from compressor.model.decode import StoredWeights
+    from compressor.verify.values import check_values
+
+    try:
+        stored = StoredWeights(checkpoint)
+    except CheckpointError as error:
+        return [Check("weights", "skipped", error.what)]
+    return check_values(stored, source, progress)
+
+
+def fused_tensors(source: Source | None) -> list[FusedTensor]:
+    """The source's tensors that hold several experts, with their parts."""
+    if source is None:
+        return []
+    family = family_for(source.config)
+    roles = {header.name: family.role(header, source.config) for header in source.headers.values()}
+    return [
+        (name, role.parts)
+        for name, role in roles.items()
+        if any(part.expert is not None for part in role.parts)
+    ]
+
+
+def _mean_loss(logprobs: Logprobs) -> float:
+    values = [value for window in logprobs for value in window]
+    return -sum(values) / len(values)
+
+
+def _memory_needed(checkpoint: Path) -> int:
+    """Bytes of the model in float32, from the stored bytes: at the least four bits a weight."""
+    from compressor.checkpoint.inventory import take_inventory
+
+    kinds = take_inventory(checkpoint).kinds
+    weights = sum(
+        kind.bytes * 2
+        if kind.dtype in ("U8", "I32")
+        else kind.bytes // 2
+        if kind.dtype == "BF16"
+        else kind.bytes
+        for kind in kinds
+    )
+    return _BYTES_PER_WEIGHT * weights + _ROOM_BYTES

@@ -1,0 +1,88 @@
+"""One verification: structure, values, transformers, then the engine; stops early where the rest is moot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from compressor.errors import CheckpointError, UserError
+from compressor.progress import Progress
+from compressor.report.model import utc_now
+from compressor.report.verification import EngineFacts, Verification, VerifyCheck
+from compressor.verify.base import Check
+from compressor.verify.engine import find_engine_python
+from compressor.verify.inputs import find_source
+from compressor.verify.record import record
+from compressor.verify.serving import Questions, question_engine
+from compressor.verify.spec import VerifySpec
+from compressor.verify.structure import check_structure
+
+
+def verify(spec: VerifySpec, progress: Progress) -> Verification:
+    """Verifies the folder and records the result in its report, where it has one.
+
+    Raises:
+        UserError: there is no checkpoint, no text, or no engine although one was insisted on.
+    """
+    if not spec.checkpoint.is_dir():
+        raise CheckpointError("no such folder", where=str(spec.checkpoint), fix="name a checkpoint's folder")
+    python = find_engine_python(spec.engine_python) if spec.engine != "none" else None
+    if spec.engine == "vllm" and python is None:
+        raise UserError(
+            "no environment with vLLM was found",
+            where="--engine vllm",
+            fix="make one with `bash scripts/serve_env.sh`, or name its interpreter with --engine-python",
+        )
+    checks = check_structure(spec.checkpoint, progress)
+    engine = None
+    if any(check.status == "failed" for check in checks):
+        checks.append(Check("models", "skipped", "the structure is broken, so nothing was loaded"))
+    else:
+        engine = _check_models(spec, python, checks, progress)
+    insisted = spec.engine == "vllm"
+    proven = engine is not None and engine.verdict == "agrees"
+    refuted = engine is not None and engine.verdict in ("disagrees", "failed")
+    found = Verification(
+        created=utc_now(),
+        passed=all(check.status != "failed" for check in checks) and not refuted and (proven or not insisted),
+        checks=tuple(VerifyCheck(name=c.name, status=c.status, detail=c.detail) for c in checks),
+        engine=engine,
+    )
+    record(spec.checkpoint, found, progress)
+    return found
+
+
+def _check_models(
+    spec: VerifySpec, python: Path | None, checks: list[Check], progress: Progress
+) -> EngineFacts | None:
+    """Adds the checks of values and of both loads; returns what the engine said, if it was asked."""
+    from compressor.verify.models import check_quality, check_source_values, load_reference
+
+    source = find_source(spec.checkpoint, spec.source, spec.revision, spec.cache, progress)
+    if source is not None:
+        checks += check_source_values(spec.checkpoint, source, progress)
+    reference = load_reference(spec, source, progress)
+    checks.append(reference.check)
+    if reference.check.status == "passed":
+        checks += check_quality(spec.checkpoint, reference)
+    if any(check.status == "failed" for check in checks):
+        return None
+    if python is None:
+        reason = "not asked for" if spec.engine == "none" else "no environment with vLLM was found"
+        checks.append(Check("engine", "skipped", f"{reason}; see `bash scripts/serve_env.sh`"))
+        return None
+    with TemporaryDirectory(prefix="compress-verify-") as scratch:
+        return question_engine(
+            Questions(
+                python=python,
+                checkpoint=spec.checkpoint,
+                source=source,
+                reference=reference,
+                dtype=spec.dtype,
+                server=spec.server,
+                timeout_s=spec.timeout_s,
+                env=spec.engine_env,
+                scratch=Path(scratch),
+            ),
+            progress,
+        )

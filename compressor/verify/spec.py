@@ -1,0 +1,44 @@
+"""What to verify, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Engine = Literal["auto", "vllm", "none"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class VerifySpec:
+    """One verification.
+
+    Attributes:
+        checkpoint: the folder.
+        source: what it was made from, as in a recipe's ``model.source``, or None: as its recipe says.
+        revision: of a Hub source.
+        engine: ``vllm`` insists on it; ``auto`` asks it where an environment is found.
+        engine_python: the interpreter of the engine's environment, or None: looked for.
+        dtype: what the engine computes in; ``auto`` is float32 on a CPU, bfloat16 on an accelerator.
+        text: whose tokens are scored; a path or a shipped text.
+        tokens: how many.
+        server: whether the OpenAI-compatible server is started and asked too.
+        timeout_s: for each process of the engine, seconds.
+        cache: folder for downloads.
+        engine_env: further environment variables of the engine's processes.
+    """
+
+    checkpoint: Path
+    cache: Path
+    source: str | None = None
+    revision: str | None = None
+    engine: Engine = "auto"
+    engine_python: Path | None = None
+    dtype: Dtype = "auto"
+    text: str = "calibration/heldout.jsonl"
+    tokens: int = 512
+    server: bool = True
+    timeout_s: float = 1800.0
+    engine_env: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,252 @@
+"""The values of a checkpoint against those of its source: what was quantized, and what was copied.
+
+Broken values can have sane shapes, finite scales and fluent text. So every decoded matrix is compared with
+the matrix that it was made from.
+
+Legend: O out_features, I in_features, N groups, C channels of a group.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from compressor.checkpoint.base import Source
+from compressor.errors import CheckpointError
+from compressor.model.families import family_for
+from compressor.model.names import extract
+from compressor.progress import Progress
+from compressor.spec import FLOAT_DTYPES, LinearPart, TensorHeader
+from compressor.verify.base import Check
+
+if TYPE_CHECKING:
+    import torch
+    from compressed_tensors.quantization import QuantizationScheme
+
+    from compressor.model.decode import StoredWeights
+
+# Relative squared error of a whole matrix, by bits. Ordinary values: 0.008 to 0.015 in 4 bit, 0.001 and less
+# in 8.
+LIMIT_4BIT = 0.06
+LIMIT_8BIT = 0.01
+# Data-free rounding takes the nearest value; decoded ones are rounded themselves (to bfloat16, at worst), so
+# that much of a group's range is no difference.
+TIE = 0.01
+# More values than this that are not the nearest: chosen with calibration, which looks past the single weight.
+# Choosing the worse of two neighbours for every weight costs four times the nearest's squared error.
+CALIBRATED = 0.05
+CALIBRATED_ERROR = 3.0
+# Looked at one by one: groups of this many weights in all, and any of so many times the mean relative error.
+SAMPLED_WEIGHTS = 1 << 16
+UNUSUAL = 4.0
+_SHOWN = 3
+
+
+@dataclass
+class _Found:
+    """What has been compared so far."""
+
+    matrices: int = 0
+    copies: int = 0
+    far: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
+    unsourced: list[str] = field(default_factory=list)
+    calibrated: int = 0
+    worst: float = 0.0
+
+
+def check_values(stored: StoredWeights, source: Source, progress: Progress) -> list[Check]:
+    """Compares every tensor that comes from ``source``; one tensor is in memory at a time.
+
+    Returns:
+        ``weights``: each decoded matrix resembles its source, as a whole and group by group; ``copies``: what
+        was not quantized is the source's, bit for bit or rounded to the stored dtype.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+    """
+    family = family_for(source.config)
+    roles = {header.name: family.role(header, source.config) for header in source.headers.values()}
+    parts = {part.module: (name, part) for name, role in roles.items() for part in role.parts}
+    found = _Found()
+    progress.start("values", len(stored.modules) + len(source.headers), "items")
+    by_tensor: dict[str, list[tuple[str, LinearPart]]] = defaultdict(list)
+    for module in stored.modules:
+        if module in parts:
+            name, part = parts[module]
+            by_tensor[name].append((module, part))
+        else:
+            found.unsourced.append(module)
+    for name, header in source.headers.items():
+        if name in stored.names and module_free(name, stored):
+            _compare_copy(stored, source, header, found)
+        for module, part in by_tensor[name]:
+            _compare_matrix(stored, module, _matrix(source, name, part), found)
+            progress.advance(1, module)
+        progress.advance(1, name)
+    progress.finish()
+    return [_weights_check(found, stored), _copies_check(found)]
+
+
+def module_free(name: str, stored: StoredWeights) -> bool:
+    """Whether the tensor was copied: FP8 codes keep the name ``weight``."""
+    return name.removesuffix(".weight") not in stored.modules
+
+
+@dataclass(frozen=True)
+class Resemblance:
+    """How a decoded matrix relates to its source.
+
+    Attributes:
+        relative: squared error over the source's squared norm.
+        excess: squared error over what it would be if each weight had the nearest of its group's decoded
+            values; in a sample of groups.
+        astray: fraction of weights that have a farther one; in the same sample.
+        groups: groups that hold such weights, among the sample and those of unusual error.
+    """
+
+    relative: float
+    excess: float
+    astray: float
+    groups: int
+
+
+def resemblance(decoded_OI: torch.Tensor, source_OI: torch.Tensor, group: tuple[int, int]) -> Resemblance:
+    """Compares two fp32 matrices; ``group``: rows and columns that share a scale.
+
+    A scale off by two, a swapped nibble or a stray code gives some weight a value although another weight
+    of the same group holds one that is nearer. Rounding to nearest never does, whatever its scales. Sorting
+    every group would take longer than compressing did, so some are looked at, and all that stand out.
+    """
+    decoded_NC, source_NC = (_grouped(values_OI, *group) for values_OI in (decoded_OI, source_OI))
+    error_N = (decoded_NC - source_NC).square_().sum(-1)
+    energy_N = source_NC.square().sum(-1)
+    error, energy = float(error_N.double().sum()), float(energy_N.double().sum())
+    relative = error / energy if energy else error
+    # NaN compares false with everything, so it stands out.
+    unusual_N = ~(error_N <= UNUSUAL * relative * energy_N)
+    sampled_N = unusual_N.new_zeros(unusual_N.shape)
+    sampled_N[:: max(1, source_NC.numel() // SAMPLED_WEIGHTS)] = True
+    miss_NC, nearest_NC, astray_NC = _nearness(decoded_NC[sampled_N], source_NC[sampled_N])
+    least = float(nearest_NC.double().square().sum())
+    excess = float(miss_NC.double().square().sum()) / least if least else 1.0
+    others_N = unusual_N & ~sampled_N
+    *_, others_NC = _nearness(decoded_NC[others_N], source_NC[others_N])
+    return Resemblance(
+        relative=relative,
+        excess=excess,
+        astray=float(astray_NC.float().mean()),
+        groups=int(astray_NC.any(dim=1).sum()) + int(others_NC.any(dim=1).sum()),
+    )
+
+
+def _nearness(
+    decoded_NC: torch.Tensor, source_NC: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[N, C] distances to the own value and to the nearest of the group's, and whether they differ."""
+    import torch
+
+    ordered_NC = decoded_NC.sort(dim=-1).values
+    place_NC = torch.searchsorted(ordered_NC, source_NC).clamp_(1, ordered_NC.shape[1] - 1)
+    below_NC = (ordered_NC.gather(1, place_NC - 1) - source_NC).abs_()
+    nearest_NC = torch.minimum(below_NC, (ordered_NC.gather(1, place_NC) - source_NC).abs_())
+    miss_NC = (decoded_NC - source_NC).abs_()
+    allowed_N1 = TIE * ordered_NC[:, [0, -1]].abs().amax(dim=1, keepdim=True)
+    return miss_NC, nearest_NC, ~(miss_NC - nearest_NC <= allowed_N1)
+
+
+def _grouped(values_OI: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """[N, C]: the matrix as groups; a last group that is cut short is filled with zeros."""
+    import torch
+
+    height, width = values_OI.shape
+    padded_OI = torch.nn.functional.pad(values_OI, (0, -width % columns, 0, -height % rows))
+    blocks = padded_OI.view(-(-height // rows), rows, -(-width // columns), columns)
+    return blocks.transpose(1, 2).reshape(-1, rows * columns)
+
+
+def _matrix(source: Source, name: str, part: LinearPart) -> torch.Tensor:
+    return extract(source.read(name, part.expert), part).float()
+
+
+def _compare_matrix(stored: StoredWeights, module: str, source_OI: torch.Tensor, found: _Found) -> None:
+    found.matrices += 1
+    try:
+        decoded_OI = stored.weight(module).float()
+    except CheckpointError as error:
+        found.far.append(f"{module} ({error.what})")
+        return
+    if decoded_OI.shape != source_OI.shape:
+        found.far.append(f"{module} ({tuple(decoded_OI.shape)} instead of {tuple(source_OI.shape)})")
+        return
+    scheme = stored.scheme(module)
+    found_so = resemblance(decoded_OI, source_OI, _group(scheme, source_OI.shape[1]))
+    weights = scheme.weights
+    assert weights is not None, "a stored module has a weight scheme"
+    found.worst = max(found.worst, found_so.relative)
+    limit = LIMIT_4BIT if weights.num_bits <= 4 else LIMIT_8BIT
+    if found_so.astray > CALIBRATED:
+        found.calibrated += 1
+        limit = min(limit, CALIBRATED_ERROR * found_so.relative / found_so.excess)
+    # NaN compares false with everything.
+    if not found_so.relative <= limit:
+        found.far.append(f"{module} (relative squared error {found_so.relative:.2g})")
+    elif found_so.groups and found_so.astray <= CALIBRATED:
+        found.groups.append(f"{module} ({found_so.groups:,} group(s))")
+
+
+def _group(scheme: QuantizationScheme, in_features: int) -> tuple[int, int]:
+    """Rows and columns that share a scale; a whole row where the scale is the channel's or the tensor's."""
+    weights = scheme.weights
+    assert weights is not None, "a stored module has a weight scheme"
+    if weights.block_structure:
+        rows, columns = weights.block_structure
+        return int(rows), int(columns)
+    return 1, min(int(weights.group_size), in_features) if (weights.group_size or 0) > 0 else in_features
+
+
+def _compare_copy(stored: StoredWeights, source: Source, header: TensorHeader, found: _Found) -> None:
+    import torch
+
+    found.copies += 1
+    ours, theirs = stored.stored(header.name), source.read(header.name)
+    rounded = theirs.to(ours.dtype) if header.dtype in FLOAT_DTYPES else theirs
+    if ours.dtype != rounded.dtype or not torch.equal(ours, rounded):
+        found.unlike.append(header.name)
+
+
+def _weights_check(found: _Found, stored: StoredWeights) -> Check:
+    if found.unsourced:
+        return Check(
+            "weights",
+            "failed",
+            f"quantized, but no matrix of the source: {_some(found.unsourced)}; is this its source?",
+        )
+    if found.far:
+        return Check("weights", "failed", f"do not decode to the source's weights: {_some(found.far)}")
+    if found.groups:
+        return Check(
+            "weights", "failed", f"hold groups whose scale or codes are wrong: {_some(found.groups)}"
+        )
+    how = "each weight the nearest that its group's scale allows"
+    if found.calibrated:
+        how = f"{found.calibrated:,} of them not by rounding to nearest"
+    return Check(
+        "weights",
+        "passed",
+        f"{found.matrices:,} matrices decode to the source's, {how}; "
+        f"largest relative squared error {found.worst:.4f}",
+    )
+
+
+def _copies_check(found: _Found) -> Check:
+    if found.unlike:
+        return Check("copies", "failed", f"differ from the source: {_some(found.unlike)}")
+    return Check("copies", "passed", f"{found.copies:,} tensors are the source's")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(sorted(names)[:_SHOWN]) + more

@@ -1,0 +1,174 @@
+"""A verification from end to end, without an engine: what passes, what is caught, where it is recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from compressor.api import run
+from compressor.errors import UserError
+from compressor.progress import Silent
+from compressor.report.manifest import check_manifest, read_manifest
+from compressor.report.model import load_report
+from compressor.report.verification import Verification
+from compressor.verify.run import verify
+from compressor.verify.spec import VerifySpec
+from tests.cli.test_main import compress
+from tests.e2e.cases import write_recipe
+from tests.tiny import tiny_llama, tiny_llama4
+from tests.verify.corrupt import corrupt
+
+EVALUATED = "evaluate: {tokens: 256, context: 64}"
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in NVFP4A16, measured."""
+    folder = tmp_path_factory.mktemp("verified")
+    source = tiny_llama(folder / "source", hidden=128, intermediate=256)
+    recipe = write_recipe(folder / "recipe.yaml", source, "{scheme: nvfp4a16}", EVALUATED)
+    return run(recipe, output=folder / "out" / "result").output
+
+
+def verified(folder: Path, **changes: object) -> Verification:
+    """A verification without an engine, on few tokens."""
+    given: dict[str, object] = {
+        "engine": "none",
+        "tokens": 256,
+        "text": "calibration/heldout.jsonl",
+        **changes,
+    }
+    spec = VerifySpec(checkpoint=folder, cache=folder.parent / "cache", **given)  # type: ignore[arg-type]
+    return verify(spec, Silent())
+
+
+def copy_of(result: Path) -> Path:
+    """Beside the original, so that the relative name of the source still holds."""
+    copy = result.parent / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(result, copy)
+    return copy
+
+
+def statuses(found: Verification) -> dict[str, str]:
+    """Check -> status."""
+    return {check.name: check.status for check in found.checks}
+
+
+def test_a_good_result_passes_and_is_recorded(result: Path) -> None:
+    """The source is found through the result's own recipe; the report tells; the manifest still holds."""
+    content = read_manifest(result).content_sha256
+    found = verified(result)
+    assert found.passed
+    assert statuses(found).items() >= {"weights": "passed", "copies": "passed", "loss": "passed"}.items()
+    assert load_report(result).verification == found
+    assert check_manifest(result) == []
+    assert read_manifest(result).content_sha256 == content
+    assert "## Verified" in (result / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["swap_nibbles", "swap_scales", "double_scale"])
+def test_wrong_values_are_caught(result: Path, kind: str) -> None:
+    """Shapes, dtypes and ranges are right, and the manifest is gone: only the source tells."""
+    copy = copy_of(result)
+    corrupt(copy, kind)
+    found = verified(copy)
+    assert not found.passed
+    assert statuses(found)["weights"] == "failed"
+
+
+def test_an_edited_copy_is_caught(result: Path) -> None:
+    """A norm that is not the source's."""
+    from safetensors.torch import load_file, save_file
+
+    copy = copy_of(result)
+    (copy / "manifest.json").unlink()
+    shard = copy / "model.safetensors"
+    tensors = load_file(shard)
+    tensors["model.norm.weight"] *= 1.01
+    save_file(tensors, shard, metadata={"format": "pt"})
+    found = verified(copy)
+    assert statuses(found)["copies"] == "failed"
+
+
+def test_a_broken_structure_stops_early(result: Path) -> None:
+    """Nothing is loaded, and the verdict names the check."""
+    copy = copy_of(result)
+    corrupt(copy, "drop_scale")
+    found = verified(copy)
+    assert not found.passed
+    assert statuses(found)["models"] == "skipped"
+    assert "weights" not in statuses(found)
+
+
+def test_another_source_is_no_source(result: Path, tmp_path: Path) -> None:
+    """The right shapes with other weights."""
+    other = tiny_llama(tmp_path / "other", hidden=128, intermediate=256, seed=1)
+    found = verified(result, source=str(other))
+    assert statuses(found)["weights"] == "failed"
+
+
+def test_experts_are_verified_too(tmp_path: Path) -> None:
+    """One by one in the result, fused in the source."""
+    source = tiny_llama4(tmp_path / "source", hidden=128)
+    recipe = write_recipe(tmp_path / "recipe.yaml", source, "{scheme: fp8_dynamic}")
+    output = run(recipe, output=tmp_path / "out" / "moe").output
+    assert verified(output).passed
+    corrupt(output, "double_scale")
+    assert statuses(verified(output))["weights"] == "failed"
+
+
+def test_a_result_that_lost_more_than_it_says_fails(result: Path) -> None:
+    """The report's own figure is what the loss is held to."""
+    copy = copy_of(result)
+    (copy / "manifest.json").unlink()
+    report = json.loads((copy / "report.json").read_text())
+    report["quality"]["perplexity"]["increase"] = -0.9
+    (copy / "report.json").write_text(json.dumps(report))
+    assert statuses(verified(copy))["loss"] == "failed"
+
+
+def test_without_a_source_it_says_so(result: Path) -> None:
+    """A folder from elsewhere: structure and loading only."""
+    copy = copy_of(result)
+    for name in ("recipe.yaml", "manifest.json", "report.json"):
+        (copy / name).unlink()
+    found = verified(copy)
+    assert found.passed
+    assert statuses(found)["loss"] == "skipped"
+    assert not (copy / "report.json").exists()
+
+
+def test_a_linked_report_is_left_alone(result: Path, tmp_path: Path) -> None:
+    """A snapshot of the Hub's cache is made of links: nothing is written through them."""
+    copy = copy_of(result)
+    report = tmp_path / "report.json"
+    shutil.move(copy / "report.json", report)
+    (copy / "report.json").symlink_to(report)
+    before = report.read_bytes()
+    verified(copy)
+    assert report.read_bytes() == before
+
+
+def test_an_engine_that_is_insisted_on_must_be_there(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is loaded."""
+    monkeypatch.setattr("compressor.verify.run.find_engine_python", lambda given: None)
+    with pytest.raises(UserError, match="no environment with vLLM"):
+        verified(result, engine="vllm")
+
+
+def test_exit_codes(result: Path) -> None:
+    """0 for what is right, 1 for what is not, 2 for what is not there."""
+    few = ("--engine", "none", "--tokens", "256", "-q")
+    good = compress("verify", str(result), *few, "--json")
+    assert good.returncode == 0, good.stderr
+    assert json.loads(good.stdout)["passed"] is True
+    copy = copy_of(result)
+    corrupt(copy, "drop_tensor")
+    bad = compress("verify", str(copy), *few)
+    assert bad.returncode == 1
+    assert bad.stdout.rstrip().splitlines()[-1].startswith("FAILED")
+    assert compress("verify", str(result / "nowhere"), *few).returncode == 2
