@@ -1,0 +1,156 @@
+"""``compress verify`` with the real engine: what agrees, what is refused, and what is caught only there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from compressor.api import run
+from compressor.progress import Silent
+from compressor.report.model import load_report
+from compressor.report.verification import EngineFacts, Verification
+from compressor.verify.run import verify
+from compressor.verify.spec import VerifySpec
+from tests.cli.test_main import compress
+from tests.e2e.cases import write_recipe
+from tests.serve.families import FAMILIES
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+
+
+def made(folder: Path, source: Path | str, scheme: str, dialect: str = "compressed-tensors") -> Path:
+    """A checkpoint in ``folder``."""
+    rest = f"evaluate: null\nexport: {{format: {dialect}}}"
+    recipe = write_recipe(folder / "recipe.yaml", Path(source), f"{{scheme: {scheme}}}", rest)
+    return run(recipe, output=folder / "out" / "result").output
+
+
+def asked(
+    folder: Path, python: Path, env: Mapping[str, str], **changes: object
+) -> tuple[Verification, EngineFacts]:
+    """A verification that insists on the engine, without the server."""
+    given: dict[str, object] = {"engine": "vllm", "engine_python": python, "server": False, **changes}
+    spec = VerifySpec(checkpoint=folder, cache=folder.parent, engine_env=env, **given)  # type: ignore[arg-type]
+    found = verify(spec, Silent())
+    assert found.engine is not None, found.checks
+    return found, found.engine
+
+
+# What the CPU build computes with kernels of its own, and what only with the dequantizing plug-in.
+PLAIN = [
+    ("llama", "int4", "compressed-tensors"),
+    ("llama", "fp8_block", "compressed-tensors"),
+    ("qwen3_moe", "int4", "compressed-tensors"),
+]
+EMULATED = [
+    ("llama", "nvfp4a16", "compressed-tensors"),
+    ("llama", "nvfp4a16", "modelopt"),
+    ("llama", "mxfp4", "compressed-tensors"),
+    ("llama", "fp8_dynamic", "modelopt"),
+    ("mixtral", "nvfp4a16", "compressed-tensors"),
+]
+
+
+@pytest.mark.parametrize(("family", "scheme", "dialect"), PLAIN)
+def test_kernels_agree(family: str, scheme: str, dialect: str, tmp_path: Path, engine_python: Path) -> None:
+    """vLLM's own CPU kernels give the log-probabilities of the decoded weights."""
+    result = made(tmp_path, FAMILIES[family](tmp_path / "source"), scheme, dialect)
+    found, engine = asked(result, engine_python, {})
+    assert engine.verdict == "agrees", engine.reason
+    assert engine.plugins == ()
+    assert engine.noise_floor_measured
+    assert found.passed
+
+
+@pytest.mark.parametrize(("family", "scheme", "dialect"), EMULATED)
+def test_loader_and_layout_agree(
+    family: str,
+    scheme: str,
+    dialect: str,
+    tmp_path: Path,
+    engine_python: Path,
+    weight_only_env: Mapping[str, str],
+) -> None:
+    """vLLM's own loader reads names, layouts and scales as they are meant; its kernels are not run."""
+    result = made(tmp_path, FAMILIES[family](tmp_path / "source"), scheme, dialect)
+    found, engine = asked(result, engine_python, weight_only_env)
+    assert engine.verdict == "agrees", engine.reason
+    assert engine.plugins
+    assert found.passed
+
+
+def test_a_format_without_kernel_is_told_apart(tmp_path: Path, engine_python: Path) -> None:
+    """Not a fault of the checkpoint, but no proof either: who insists on the engine gets exit code 1."""
+    result = made(tmp_path, FAMILIES["llama"](tmp_path / "source"), "nvfp4a16")
+    found, engine = asked(result, engine_python, {})
+    assert engine.verdict == "unsupported", engine.reason
+    assert not found.passed
+    assert all(check.status != "failed" for check in found.checks)
+    best_effort, _ = asked(result, engine_python, {}, engine="auto")
+    assert best_effort.passed
+
+
+def test_silently_rounded_activations_are_caught(tmp_path: Path, engine_python: Path) -> None:
+    """A setting of vLLM under which INT4 loads, reads fluently and is wrong."""
+    result = made(tmp_path, FAMILIES["llama"](tmp_path / "source"), "int4")
+    found, engine = asked(result, engine_python, {"VLLM_CPU_INT4_W4A8": "1"})
+    assert engine.verdict == "disagrees", engine.reason
+    assert not found.passed
+
+
+def test_an_engine_that_reads_another_checkpoint_is_caught(
+    tmp_path: Path, engine_python: Path, weight_only_env: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's numbers are compared with the decoded weights, not with themselves."""
+    from compressor.verify import serving
+    from tests.verify.corrupt import corrupt
+
+    result = made(tmp_path, FAMILIES["llama"](tmp_path / "source"), "nvfp4a16")
+    other = tmp_path / "other"
+    shutil.copytree(result, other)
+    corrupt(other, "double_scale")
+    ask = serving.ask
+
+    def astray(python, request, **options):  # type: ignore[no-untyped-def]
+        if request.model == str(result):
+            request = type(request)(**{**request.to_json(), "model": str(other)})
+        return ask(python, request, **options)
+
+    monkeypatch.setattr(serving, "ask", astray)
+    found, engine = asked(result, engine_python, weight_only_env)
+    assert engine.verdict == "disagrees", engine.reason
+    assert not found.passed
+
+
+def shipped(recipe: str, folder: Path) -> Path:
+    """The result of a shipped recipe, not measured."""
+    return run(f"recipes/{recipe}.yaml", overrides=["evaluate=null"], output=folder / "out" / recipe).output
+
+
+def test_a_shipped_recipe_on_the_command_line(tmp_path: Path, engine_python: Path) -> None:
+    """As a user would: verify the folder, server included; the report keeps the verdict."""
+    result = shipped("smollm2-int4", tmp_path)
+    options = ("--engine", "vllm", "--engine-python", str(engine_python), "--json", "-q")
+    verified = compress("verify", str(result), *options, cwd=tmp_path)
+    assert verified.returncode == 0, verified.stderr + verified.stdout
+    engine = json.loads(verified.stdout)["engine"]
+    assert engine["verdict"] == "agrees"
+    assert engine["tokens"] >= 200
+    assert "/v1/completions" in engine["server"]
+    recorded = load_report(result).verification
+    assert recorded is not None
+    assert recorded.engine is not None
+    assert recorded.engine.verdict == "agrees"
+
+
+@pytest.mark.parametrize("recipe", ["smollm2-nvfp4", "smollm2-fp8"])
+def test_shipped_recipes_emulated(
+    recipe: str, tmp_path: Path, engine_python: Path, weight_only_env: Mapping[str, str]
+) -> None:
+    """The CPU build has no kernel for NVFP4, and takes minutes a token for FP8 activations."""
+    _, engine = asked(shipped(recipe, tmp_path), engine_python, weight_only_env)
+    assert engine.verdict == "agrees", engine.reason
