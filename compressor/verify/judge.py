@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import hypot, isfinite
+from math import hypot, inf, isfinite, sqrt
+from statistics import fmean, pstdev
 from typing import Literal
 
 Verdict = Literal["agrees", "disagrees", "undecided"]
@@ -25,61 +26,76 @@ EFFECT_SHARE = 0.15
 # The floor is measured on the source; 16-bit engines round the decoded weights besides.
 FLOOR_SLACK = 1.3
 # Above this share of the effect the floor hides an engine that is wrong.
-LOUD = 0.75
+LOUD = 0.6
+SHIFT_ERRORS = 4.0
 # Where no source was measured. SmolLM2-135M in vLLM 0.32 on CPU: 0.0000, 0.0044, 0.0325.
 TYPICAL_FLOOR = {"float32": 0.001, "float16": 0.01, "bfloat16": 0.05}
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Mean and largest absolute difference of log-probabilities over ``tokens`` tokens, in nats."""
+    """How far two sets of log-probabilities are apart, in nats.
+
+    Attributes:
+        mean: absolute difference, over all tokens.
+        largest: absolute difference.
+        tokens: how many were compared.
+        shift: mean of the signed difference: what the text as a whole gained in likelihood.
+        shift_error: its standard error.
+    """
 
     mean: float
     largest: float
     tokens: int
+    shift: float = 0.0
+    shift_error: float = 0.0
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict with what it rests on.
-
-    Attributes:
-        verdict: ``undecided`` where too few tokens or too much noise allow none.
-        reason: one sentence with the numbers.
-        allowed: the largest mean distance that would have agreed, in nats.
-    """
+    """A verdict with what it rests on: one sentence with the numbers."""
 
     verdict: Verdict
     reason: str
-    allowed: float
 
 
 def distance(left: Logprobs, right: Logprobs) -> Distance:
-    """How far two sets of log-probabilities of the same windows are apart; NaN counts as infinitely far."""
+    """How far ``left`` is from ``right``, token by token; NaN and infinities count as infinitely far."""
     apart = [
-        abs(a - b) if isfinite(a) and isfinite(b) else float("inf")
+        a - b if isfinite(a) and isfinite(b) else inf
         for left_window, right_window in zip(left, right, strict=True)
         for a, b in zip(left_window, right_window, strict=True)
     ]
     assert apart, "there is something to compare"
-    return Distance(sum(apart) / len(apart), max(apart), len(apart))
+    sizes = [abs(value) for value in apart]
+    mean, count = sum(sizes) / len(apart), len(apart)
+    if not isfinite(mean):
+        return Distance(mean, inf, count, inf, 0.0)
+    return Distance(mean, max(sizes), count, fmean(apart), pstdev(apart) / sqrt(count))
 
 
-def judge(found: Distance, *, floor: float, effect: float | None) -> Judgement:
+def judge(found: Distance, *, floor: float, effect: float | None, rounded: bool = False) -> Judgement:
     """The verdict on ``found``, the distance between the engine and the reference.
 
     Args:
         found: engine against reference, both on the checkpoint.
-        floor: mean distance that two right programs have; measured on the source, or a typical one.
+        floor: mean distance that two right programs have; measured, or a typical one.
         effect: checkpoint against source, both by the reference, mean; None where there is no source.
+        rounded: both round activations, and ``floor`` is that of this very checkpoint: it is near the
+            effect by nature, and hides all but gross faults; these also shift the likelihood of the text.
     """
-    allowed = hypot(FLOOR_SLACK * floor, EFFECT_SHARE * effect) if effect else 2 * floor
     against = f"noise floor {floor:.4f}" + (f", effect of quantization {effect:.4f}" if effect else "")
     numbers = f"mean difference {found.mean:.4f} nats over {found.tokens} tokens ({against})"
     if found.tokens < LEAST_TOKENS:
-        return Judgement("undecided", f"{found.tokens} tokens are too few: use {LEAST_TOKENS}", allowed)
+        return Judgement("undecided", f"{found.tokens} tokens are too few: use {LEAST_TOKENS}")
+    allowed = hypot(FLOOR_SLACK * floor, EFFECT_SHARE * effect) if effect else 2 * floor
     if not found.mean <= allowed:
-        return Judgement("disagrees", f"{numbers}: more than the {allowed:.4f} allowed", allowed)
+        return Judgement("disagrees", f"{numbers}: more than the {allowed:.4f} allowed")
+    if rounded:
+        drift = SHIFT_ERRORS * found.shift_error + EFFECT_SHARE * (effect or 0.0)
+        if abs(found.shift) > drift:
+            return Judgement("disagrees", f"{numbers}: the text's likelihood shifts by {found.shift:+.4f}")
+        return Judgement("agrees", f"{numbers}; rounded activations hide all but gross faults")
     if effect is not None and floor > LOUD * effect:
-        return Judgement("undecided", f"{numbers}: the noise hides the effect", allowed)
-    return Judgement("agrees", numbers, allowed)
+        return Judgement("undecided", f"{numbers}: the noise hides the effect")
+    return Judgement("agrees", numbers)

@@ -133,11 +133,11 @@ def _compare(
         rounded = distance(answer.logprobs, reference.rounded)
         if rounded.mean < found.mean:
             found, against = rounded, reference.rounded
-            floor, words = max(floor, reference.rounded_noise), ", with rounded activations"
+            floor = max(floor, reference.rounded_noise)
         else:
             words = ", with unrounded activations"
     effect = None if reference.source is None else distance(against, reference.source).mean
-    judged = judge(found, floor=floor, effect=effect)
+    judged = judge(found, floor=floor, effect=effect, rounded=against is reference.rounded)
     if reference.unsimulated and judged.verdict == "disagrees":
         judged = replace(judged, verdict="undecided")
         words = "; the scheme rounds activations, which the reference does not simulate for experts"

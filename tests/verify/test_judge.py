@@ -12,7 +12,8 @@ from compressor.verify.judge import Distance, distance, judge
 def test_distance_is_the_mean_and_the_largest() -> None:
     """Over all tokens of all windows, whatever their lengths."""
     found = distance([[-1.0, -2.0], [-3.0]], [[-1.5, -2.0], [-2.0]])
-    assert found == Distance(mean=0.5, largest=1.0, tokens=3)
+    assert (found.mean, found.largest, found.tokens) == (0.5, 1.0, 3)
+    assert found.shift == pytest.approx(-0.5 / 3)
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
@@ -53,3 +54,15 @@ def test_few_tokens_prove_nothing() -> None:
     judged = judge(Distance(0.0, 0.0, 199), floor=0.0, effect=0.3)
     assert judged.verdict == "undecided"
     assert "200" in judged.reason
+
+
+@pytest.mark.parametrize(
+    ("mean", "shift", "verdict"),
+    [(0.2030, 0.01, "agrees"), (0.2030, 0.12, "disagrees"), (0.29, 0.0, "disagrees")],
+)
+def test_rounded_activations(mean: float, shift: float, verdict: str) -> None:
+    """Measured for W8A8: two right programs are 0.1988 apart; a gross fault shifts the likelihood too."""
+    found = Distance(mean, 1.6, 1020, shift, 0.009)
+    judged = judge(found, floor=0.1988, effect=0.1840, rounded=True)
+    assert judged.verdict == verdict
+    assert judged.verdict == "disagrees" or "gross" in judged.reason
