@@ -32,7 +32,7 @@ from compressor.cli.options import DEFAULT_WORKSPACE, log_json_option, quiet_opt
     type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="What the engine computes in; auto: float32 on a CPU, bfloat16 on an accelerator.",
+    help="What the engine computes in; auto: bfloat16, or float32 for an unquantized model on a CPU.",
 )
 @click.option("--text", default="calibration/heldout.jsonl", show_default=True, help="Text to score.")
 @click.option(

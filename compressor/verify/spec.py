@@ -21,7 +21,7 @@ class VerifySpec:
         revision: of a Hub source.
         engine: ``vllm`` insists on it; ``auto`` asks it where an environment is found.
         engine_python: the interpreter of the engine's environment, or None: looked for.
-        dtype: what the engine computes in; ``auto`` is float32 on a CPU, bfloat16 on an accelerator.
+        dtype: what the engine computes in; ``auto``: bfloat16, or float32 for an unquantized model on a CPU.
         text: whose tokens are scored; a path or a shipped text.
         tokens: how many.
         server: whether the OpenAI-compatible server is started and asked too.
