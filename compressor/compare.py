@@ -8,7 +8,6 @@ from compressor.checkpoint.sources import open_source
 from compressor.data import find
 from compressor.errors import CheckpointError
 from compressor.evals.base import EvalResult, EvalSpec
-from compressor.model.families import family_for
 from compressor.progress import Progress
 
 
@@ -47,16 +46,10 @@ def compare(
     import torch
 
     from compressor.evals.run import evaluate_pair
+    from compressor.model.decode import fused_tensors
     from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer
 
-    family = family_for(opened.config)
-    roles = {header.name: family.role(header, opened.config) for header in opened.headers.values()}
-    fused = [
-        (name, role.parts)
-        for name, role in roles.items()
-        if any(part.expert is not None for part in role.parts)
-    ]
     spec = EvalSpec(text=found, text_label=text, tokens=tokens, context=context)
-    result = load_checkpoint_model(checkpoint, torch.float32, fused=fused)
+    result = load_checkpoint_model(checkpoint, torch.float32, fused=fused_tensors(opened))
     tokenizer = load_tokenizer(checkpoint)
     return evaluate_pair(load_source_model(opened, torch.float32), result, tokenizer, spec, progress)

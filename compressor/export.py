@@ -12,7 +12,7 @@ from pathlib import Path
 from compressor.errors import CheckpointError, UserError
 from compressor.report.card import write_card
 from compressor.report.html import write_html
-from compressor.report.manifest import MANIFEST_FILE, Manifest, read_manifest
+from compressor.report.manifest import MANIFEST_FILE, RUN_FILES, Manifest, read_manifest
 from compressor.report.model import REPORT_FILE, Report
 from compressor.stages.assemble import link_or_copy
 from compressor.workspace import STAGE_FILE, Workspace, write_atomic
@@ -29,7 +29,8 @@ def exported(folder: Path) -> Manifest | None:
     """The manifest of a finished export, or None where the folder is anything else.
 
     The manifest is written last; a folder with a file that it does not name, or without one that it names in
-    its size, is not (or no longer) an export.
+    its size, is not (or no longer) an export. The sizes of files that describe the run do not count: a
+    verification writes these again, and may be killed in between.
     """
     if not (folder / MANIFEST_FILE).is_file():
         return None
@@ -43,7 +44,11 @@ def exported(folder: Path) -> Manifest | None:
     except (CheckpointError, OSError):
         return None
     del present[MANIFEST_FILE]
-    return manifest if present == {name: facts.size for name, facts in manifest.files.items()} else None
+    named = {name: facts.size for name, facts in manifest.files.items()}
+    if present.keys() != named.keys():
+        return None
+    same = all(present[name] == size for name, size in named.items() if name not in RUN_FILES)
+    return manifest if same else None
 
 
 def already_exported(folder: Path, recipe_yaml: str, key: str) -> bool:

@@ -63,6 +63,8 @@ def command(
     (scripts/serve_env.sh) and compares the log-probabilities. The result goes into the folder's report too.
     Exit status 1 if a check failed, or if vLLM was insisted on and does not agree.
     """
+    if revision is not None and source is None:
+        raise click.UsageError("--revision is of a Hub source: name that with --source")
     from compressor.cli.progress import reporter
     from compressor.errors import EXIT_GATE
     from compressor.report.terminal import print_verification, report_console

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.checkpoint import modelopt
+from compressor.checkpoint.base import Source
 from compressor.checkpoint.hf_config import quantization_config
 from compressor.checkpoint.layout import load_config
 from compressor.checkpoint.stored import StoredTensors
 from compressor.errors import CheckpointError
+from compressor.model.families import family_for
 from compressor.model.names import insert, module_of
 from compressor.spec import LinearPart
 
@@ -175,6 +177,19 @@ class StoredWeights:
             raise CheckpointError(
                 f"quantization_config is not compressed-tensors': {reason}", where=self._where
             ) from error
+
+
+def fused_tensors(source: Source | None) -> list[FusedTensor]:
+    """The source's tensors that hold several experts, with their parts; none where there is no source."""
+    if source is None:
+        return []
+    family = family_for(source.config)
+    roles = {header.name: family.role(header, source.config) for header in source.headers.values()}
+    return [
+        (name, role.parts)
+        for name, role in roles.items()
+        if any(part.expert is not None for part in role.parts)
+    ]
 
 
 def decoded_tensors(weights: StoredWeights, fused: Sequence[FusedTensor]) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ _NOTES: tuple[tuple[str, tuple[str, ...]], ...] = (
         "W4A16",
         (
             "On CPU, set VLLM_CPU_INT4_W4A8=0 for {label}: without it vLLM 0.32 silently rounds activations "
-            "to 8 bits.",
+            "to 8 bits. On CPUs with AMX its server may die of an illegal instruction.",
         ),
     ),
     ("W8A16", (_NO_CPU_KERNEL,)),

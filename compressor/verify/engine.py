@@ -39,6 +39,8 @@ _NO_KERNEL = re.compile(
             r"No [\w ]*MoE backend",
             r"Unsupported \w+ MoE backend: NONE",
             r"(?:not|only) supported on (?:the )?(?:CPU|current)",
+            # model_executor/layers/fused_moe/experts/cpu_moe.py and others
+            r"NotImplementedError: \w+(?: \([^)]*\))? does not support",
             # platforms/interface.py, config/vllm.py, quantization/compressed_tensors/compressed_tensors.py
             r"quantization is currently not supported in",
             r"not supported for the current GPU",
@@ -52,11 +54,12 @@ _NO_KERNEL = re.compile(
 )
 
 
-def find_engine_python(given: Path | None) -> Path | None:
+def find_engine_python(given: Path | None, checkpoint: Path | None = None) -> Path | None:
     """The interpreter of an environment that has vLLM, or None.
 
     The first of: ``given``, the variable ``COMPRESS_ENGINE_PYTHON``, ``.venv-serve/bin/python`` below the
-    current folder, the present interpreter. Nothing of vLLM is imported.
+    current folder, the present interpreter. Nothing of vLLM is imported. From inside ``checkpoint``, which
+    may be a stranger's, none below the current folder is run unless it is named.
 
     Raises:
         UserError: the one that was given, or that the variable names, is no interpreter or has no vLLM.
@@ -66,8 +69,10 @@ def find_engine_python(given: Path | None) -> Path | None:
         return _checked(given, "--engine-python")
     if named:
         return _checked(Path(named), PYTHON_VARIABLE)
-    if USUAL_PYTHON.is_file() and _has_vllm(USUAL_PYTHON.absolute()):
-        return USUAL_PYTHON.absolute()
+    usual = USUAL_PYTHON.absolute()
+    theirs = checkpoint is not None and Path.cwd().is_relative_to(checkpoint.resolve())
+    if not theirs and usual.is_file() and _has_vllm(usual):
+        return usual
     return Path(sys.executable) if importlib.util.find_spec("vllm") is not None else None
 
 

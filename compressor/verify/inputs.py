@@ -11,7 +11,7 @@ from compressor.checkpoint.base import Source
 from compressor.checkpoint.safetensors_writer import ShardWriter
 from compressor.checkpoint.sources import local_path, open_source
 from compressor.data import find
-from compressor.errors import UserError
+from compressor.errors import CheckpointError, UserError
 from compressor.evals.run import leading_token
 from compressor.evals.text import tokens_from_text
 from compressor.progress import Progress
@@ -26,6 +26,7 @@ RECIPE_FILE = "recipe.yaml"
 WINDOW = 256
 PROMPT = 16
 PROMPTS = 3
+LEAST_POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Tokens:
     def scored(self) -> int:
         """Tokens that get a log-probability: all but a window's first."""
         return sum(len(window) - 1 for window in self.windows)
+
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return max(max(ids) for ids in (*self.windows, *self.prompts))
 
 
 def find_source(
@@ -75,15 +81,24 @@ def find_source(
 def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, longest: int | None) -> Tokens:
     """``tokens`` tokens of a text in windows, each with the leading token that the model was trained with.
 
-    ``longest``: the model's positions, or None.
+    Args:
+        tokenizer: the checkpoint's.
+        text: a path or a shipped text.
+        tokens: how many.
+        longest: the model's positions, or None. An engine generates a token besides each window.
 
     Raises:
-        UserError: the text is missing, or shorter than asked for.
+        UserError: the text is missing, or shorter than asked for; or the model takes no prompt worth asking.
     """
+    if longest is not None and longest < LEAST_POSITIONS:
+        raise CheckpointError(
+            f"max_position_embeddings is {longest}: too short for prompts of {PROMPT} tokens",
+            fix="correct config.json",
+        )
     ids = tokens_from_text(tokenizer, find(text, what="text"), tokens).tolist()
     first = leading_token(tokenizer)
     lead = () if first is None else (first,)
-    step = min(WINDOW, longest or WINDOW) - len(lead)
+    step = min(WINDOW, WINDOW if longest is None else longest - 1) - len(lead)
     windows = [(*lead, *ids[start : start + step]) for start in range(0, len(ids), step)]
     starts = range(0, len(ids), max(1, len(ids) // PROMPTS))
     prompts = [(*lead, *ids[start : start + PROMPT]) for start in starts][:PROMPTS]

@@ -26,7 +26,7 @@ EFFECT_SHARE = 0.15
 # The floor is measured on the source; 16-bit engines round the decoded weights besides.
 FLOOR_SLACK = 1.3
 # Above this share of the effect the floor hides an engine that is wrong.
-LOUD = 0.6
+LOUD = 0.3
 SHIFT_ERRORS = 4.0
 # Where no source was measured. SmolLM2-135M in vLLM 0.32 on CPU: 0.0000, 0.0044, 0.0325.
 TYPICAL_FLOOR = {"float32": 0.001, "float16": 0.01, "bfloat16": 0.05}
@@ -96,6 +96,6 @@ def judge(found: Distance, *, floor: float, effect: float | None, rounded: bool 
         if abs(found.shift) > drift:
             return Judgement("disagrees", f"{numbers}: the text's likelihood shifts by {found.shift:+.4f}")
         return Judgement("agrees", f"{numbers}; rounded activations hide all but gross faults")
-    if effect is not None and floor > LOUD * effect:
+    if effect and floor > LOUD * effect:
         return Judgement("undecided", f"{numbers}: the noise hides the effect")
     return Judgement("agrees", numbers)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import gc
+import os
 from dataclasses import dataclass
 from math import isfinite, log1p
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.stored import StoredTensors
 from compressor.device import available_memory_bytes
 from compressor.errors import CheckpointError
-from compressor.model.families import family_for
 from compressor.progress import Progress
 from compressor.report.model import load_report
 from compressor.verify.base import Check
 from compressor.verify.inputs import Tokens, tokens_of
 from compressor.verify.judge import Logprobs, distance
 from compressor.verify.spec import VerifySpec
+from compressor.verify.structure.side_files import has_vocabulary
 
 if TYPE_CHECKING:
-    from compressor.model.decode import FusedTensor
+    from transformers import PreTrainedTokenizerBase
+
     from compressor.model.load import LoadedCheckpoint
 
 NEW_TOKENS = 16
@@ -66,7 +69,8 @@ def load_reference(spec: VerifySpec, source: Source | None, progress: Progress) 
     """
     import torch
 
-    from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer
+    from compressor.model.decode import fused_tensors
+    from compressor.model.load import load_checkpoint_model, load_source_model
     from compressor.verify.reference import greedy_tokens, prompt_logprobs
 
     needed, available = _memory_needed(spec.checkpoint), available_memory_bytes()
@@ -75,12 +79,23 @@ def load_reference(spec: VerifySpec, source: Source | None, progress: Progress) 
         return Reference(Check("transformers", "skipped", short))
     progress.log("loading the checkpoint with transformers")
     try:
-        tokenizer = load_tokenizer(spec.checkpoint)
+        tokenizer = _tokenizer(spec.checkpoint, source)
+        if tokenizer is None:
+            return Reference(
+                Check("transformers", "skipped", "neither checkpoint nor source has a tokenizer")
+            )
         loaded = load_checkpoint_model(spec.checkpoint, torch.float32, fused=fused_tensors(source))
     except CheckpointError as error:
         return Reference(Check("transformers", "failed", error.what))
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = tokens_of(tokenizer, spec.text, spec.tokens, longest)
+    try:
+        tokens = tokens_of(tokenizer, spec.text, spec.tokens, longest)
+    except CheckpointError as error:
+        return Reference(Check("transformers", "failed", error.what))
+    largest, rows = tokens.largest, loaded.model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        text = f"the tokenizer makes id {largest:,}, but the embedding has {rows:,} rows"
+        return Reference(Check("transformers", "failed", text))
     rounded, noise = _rounded(loaded, tokens) if loaded.activations_simulated else (None, 0.0)
     scored = prompt_logprobs(loaded.model, tokens.windows)
     if not all(isfinite(value) for window in scored for value in window):
@@ -97,6 +112,20 @@ def load_reference(spec: VerifySpec, source: Source | None, progress: Progress) 
         gc.collect()
     passed = Check("transformers", "passed", f"loads with {how}; {tokens.scored} tokens scored in float32")
     return Reference(passed, tokens, scored, rounded, noise, unsimulated, of_source, greedy)
+
+
+def _tokenizer(checkpoint: Path, source: Source | None) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer; where it has no vocabulary, the source's, or None."""
+    from compressor.model.load import load_tokenizer
+
+    if has_vocabulary(os.listdir(checkpoint)):
+        return load_tokenizer(checkpoint)
+    if source is None:
+        return None
+    try:
+        return load_tokenizer(source)
+    except CheckpointError:
+        return None
 
 
 def _rounded(loaded: LoadedCheckpoint, tokens: Tokens) -> tuple[Logprobs, float]:
@@ -127,7 +156,11 @@ def check_quality(checkpoint: Path, reference: Reference) -> list[Check]:
         quality = None
     if quality is None:
         text = f"{growth:+.4f} nats a token against the source; no report says what to expect"
-        return [Check("loss", "passed", text)]
+        return [Check("loss", "skipped", text)]
+    if not quality.perplexity.increase > -1.0:
+        return [
+            Check("loss", "failed", "the report says that perplexity fell to nothing, which is impossible")
+        ]
     reported = log1p(quality.perplexity.increase)
     allowed = max(_GROWTH * reported, reported + _SLACK_NATS)
     text = f"{growth:+.4f} nats a token against the source; the report says {reported:+.4f} on its text"
@@ -135,28 +168,16 @@ def check_quality(checkpoint: Path, reference: Reference) -> list[Check]:
 
 
 def check_source_values(checkpoint: Path, source: Source, progress: Progress) -> list[Check]:
-    """The checks of ``verify.values``, or none where nothing in the folder is quantized."""
+    """The checks of ``verify.values``; ``copies`` alone where no quantization is read."""
     from compressor.model.decode import StoredWeights
-    from compressor.verify.values import check_values
+    from compressor.verify.values import check_copies, check_values
 
     try:
         stored = StoredWeights(checkpoint)
     except CheckpointError as error:
-        return [Check("weights", "skipped", error.what)]
+        copies = check_copies(StoredTensors(checkpoint), source, progress)
+        return [Check("weights", "skipped", error.what), copies]
     return check_values(stored, source, progress)
-
-
-def fused_tensors(source: Source | None) -> list[FusedTensor]:
-    """The source's tensors that hold several experts, with their parts."""
-    if source is None:
-        return []
-    family = family_for(source.config)
-    roles = {header.name: family.role(header, source.config) for header in source.headers.values()}
-    return [
-        (name, role.parts)
-        for name, role in roles.items()
-        if any(part.expert is not None for part in role.parts)
-    ]
 
 
 def _mean_loss(logprobs: Logprobs) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from compressor.errors import CheckpointError
 from compressor.export import describe
 from compressor.progress import Progress
 from compressor.report.manifest import MANIFEST_FILE, RUN_FILES, FileFacts, Manifest, read_manifest
@@ -26,13 +27,18 @@ def record(folder: Path, found: Verification, progress: Progress) -> Report | No
     if odd:
         progress.warn(f"the result is not recorded in {folder}: {odd[0]} is missing, or a link")
         return None
-    report = load_report(folder).model_copy(update={"verification": found})
-    manifest = read_manifest(folder)
+    if any(check.name == "manifest" and check.status == "failed" for check in found.checks):
+        # Hashing what is there would make the edited files look exported.
+        progress.warn(f"the result is not recorded in {folder}: its files are not those that were exported")
+        return None
     try:
+        report = load_report(folder).model_copy(update={"verification": found})
+        manifest = read_manifest(folder)
         describe(folder, report, (folder / RECIPE_FILE).read_text(encoding="utf-8"))
         write_json(folder / MANIFEST_FILE, _described_again(folder, manifest).model_dump())
-    except PermissionError as error:
-        progress.warn(f"the result is not recorded in {folder}: {error.strerror}")
+    except (CheckpointError, OSError, UnicodeDecodeError) as error:  # no report of ours; read-only, full
+        reason = error.what if isinstance(error, CheckpointError) else str(error)
+        progress.warn(f"the result is not recorded in {folder}: {reason}")
         return None
     return report
 

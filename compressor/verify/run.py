@@ -26,7 +26,7 @@ def verify(spec: VerifySpec, progress: Progress) -> Verification:
     """
     if not spec.checkpoint.is_dir():
         raise CheckpointError("no such folder", where=str(spec.checkpoint), fix="name a checkpoint's folder")
-    python = find_engine_python(spec.engine_python) if spec.engine != "none" else None
+    python = find_engine_python(spec.engine_python, spec.checkpoint) if spec.engine != "none" else None
     if spec.engine == "vllm" and python is None:
         raise UserError(
             "no environment with vLLM was found",
@@ -56,12 +56,18 @@ def _check_models(
     spec: VerifySpec, python: Path | None, checks: list[Check], progress: Progress
 ) -> EngineFacts | None:
     """Adds the checks of values and of both loads; returns what the engine said, if it was asked."""
-    from compressor.verify.models import check_quality, check_source_values, load_reference
+    from compressor.verify.meaning import check_meaning
+    from compressor.verify.models import Reference, check_quality, check_source_values, load_reference
 
     source = find_source(spec.checkpoint, spec.source, spec.revision, spec.cache, progress)
     if source is not None:
+        checks.append(check_meaning(spec.checkpoint, source))
         checks += check_source_values(spec.checkpoint, source, progress)
-    reference = load_reference(spec, source, progress)
+    unread = [check for check in checks if check.name == "config" and check.status == "skipped"]
+    if unread:
+        reference = Reference(Check("transformers", "skipped", unread[0].detail))
+    else:
+        reference = load_reference(spec, source, progress)
     checks.append(reference.check)
     if reference.check.status == "passed":
         checks += check_quality(spec.checkpoint, reference)
@@ -71,7 +77,9 @@ def _check_models(
         reason = "not asked for" if spec.engine == "none" else "no environment with vLLM was found"
         checks.append(Check("engine", "skipped", f"{reason}; see `bash scripts/serve_env.sh`"))
         return None
-    with TemporaryDirectory(prefix="compress-verify-") as scratch:
+    # A GGUF source is written out here for the engine: not into a temporary file system in memory.
+    spec.cache.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="verify.tmp-", dir=spec.cache.parent) as scratch:
         return question_engine(
             Questions(
                 python=python,

@@ -152,7 +152,10 @@ def _question(
     """Version, list of models, a completion, and a chat message where there is a template for it."""
     try:
         models = tuple(str(model["id"]) for model in server.ask("/v1/models")["data"])
-        plain = {"model": models[0], "temperature": 0.0, "max_tokens": NEW_TOKENS}
+        model = str(model_folder.absolute())
+        if model not in models:  # another program took the port
+            raise _ServerError(f"a server of something else answers: {', '.join(models)[:200]}")
+        plain = {"model": model, "temperature": 0.0, "max_tokens": NEW_TOKENS}
         choice = server.ask("/v1/completions", {**plain, "prompt": prompt_text, "return_token_ids": True})[
             "choices"
         ][0]

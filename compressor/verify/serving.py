@@ -116,7 +116,7 @@ def engine_facts(
         effect=effect,
         greedy_tokens_equal=equal_before_difference(answer.greedy, reference.greedy) if answer.greedy else 0,
         greedy_tokens=sum(map(len, answer.greedy)),
-        server=None if server is None else _server_words(server),
+        server=None if server is None else _server_words(server, answer),
     )
 
 
@@ -163,9 +163,12 @@ def _ask(asked: Questions, model: Path, dtype: str, progress: Progress) -> Engin
     )
 
 
-def _server_words(server: ServerAnswer) -> str:
+def _server_words(server: ServerAnswer, answer: EngineAnswer) -> str:
     if server.error is not None:
         return server.error
     asked = "/v1/completions" + (" and /v1/chat/completions" if server.chat is not None else "")
     other = "; its tokenizer made other ids of the text" if server.same_prompt is False else ""
+    if not other and server.token_ids and answer.greedy:
+        equal = equal_before_difference([server.token_ids], [answer.greedy[0]])
+        other = f"; {equal} of {len(server.token_ids)} tokens are those of the engine without it"
     return f"ready after {server.seconds['start']:.0f} s, answers {asked}{other}"

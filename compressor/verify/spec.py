@@ -26,7 +26,7 @@ class VerifySpec:
         tokens: how many.
         server: whether the OpenAI-compatible server is started and asked too.
         timeout_s: for each process of the engine, seconds.
-        cache: folder for downloads.
+        cache: folder for downloads; working files go beside it.
         engine_env: further environment variables of the engine's processes.
     """
 

@@ -39,7 +39,7 @@ ENVIRONMENT = {
 KV_CACHE_BYTES = 2**30
 # vLLM's own default; models with an image encoder refuse much smaller budgets.
 LEAST_BATCHED_TOKENS = 2048
-SERVED_TOKENS = 512
+SERVED_TOKENS = 2048
 ERROR_CHARS = 2000
 
 
@@ -112,6 +112,8 @@ def _answer(request: dict[str, Any], write: Callable[[dict[str, Any]], None]) ->
         import vllm
 
         answer |= _about(vllm, request["model"], request["dtype"])
+        if answer["device"] == "cpu":
+            _permit_tiles()
         reached("load")
         llm = _load(vllm, request, answer["device"], answer["dtype"])
         answer["quantization"] = llm.llm_engine.model_config.quantization
@@ -143,6 +145,24 @@ def _about(vllm: Any, model: str, dtype: str) -> dict[str, Any]:
         "dtype": dtype if dtype != "auto" else _usual_dtype(model, cpu),
         "plugins": sorted(plugins),
     }
+
+
+def _served(model: str) -> int:
+    """Tokens of a request to the server: enough for a chat template's own words."""
+    config = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
+    positions = config.get("text_config", config).get("max_position_embeddings")
+    return min(SERVED_TOKENS, positions) if isinstance(positions, int) else SERVED_TOKENS
+
+
+def _permit_tiles() -> None:
+    """Asks the system for the AMX registers, as programs must; vLLM's INT4 kernel uses them unasked (0.32).
+
+    Without it the process dies of an illegal instruction, unless some other operation has asked before.
+    """
+    import torch
+
+    if torch.cpu.get_capabilities().get("amx_tile"):
+        torch.cpu._init_amx()
 
 
 def _usual_dtype(model: str, cpu: bool) -> str:
@@ -219,7 +239,7 @@ def _serve(model: str, dtype: str, port: int) -> None:
     module = "vllm.entrypoints.cli.main" if named_vllm else "vllm.entrypoints.openai.api_server"
     sys.argv = ["vllm", "serve", model] if named_vllm else ["vllm", "--model", model]
     sys.argv += ["--host", "127.0.0.1", "--port", str(port)]
-    for name, value in _settings(about["device"], about["dtype"], SERVED_TOKENS).items():
+    for name, value in _settings(about["device"], about["dtype"], _served(model)).items():
         option = f"--{name.replace('_', '-')}"
         if value is True:
             sys.argv.append(option)

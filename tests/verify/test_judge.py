@@ -36,7 +36,7 @@ def test_nan_is_infinitely_far(odd: float) -> None:
         (0.0049, 0.0044, 0.7072, "agrees"),
         (0.2083, 0.0325, 0.7072, "disagrees"),
         # measured: FP8_BLOCK against weights only, and against rounded activations
-        (0.0327, 0.0325, 0.0608, "agrees"),
+        (0.0327, 0.0325, 0.0608, "undecided"),
         (0.0531, 0.0325, 0.0608, "disagrees"),
         # measured: W8A8, where two references of different precision are as far apart
         (0.2030, 0.1988, 0.1840, "undecided"),

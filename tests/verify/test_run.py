@@ -10,6 +10,7 @@ import pytest
 
 from compressor.api import run
 from compressor.errors import UserError
+from compressor.export import exported
 from compressor.progress import Silent
 from compressor.report.manifest import check_manifest, read_manifest
 from compressor.report.model import load_report
@@ -19,7 +20,7 @@ from compressor.verify.spec import VerifySpec
 from tests.cli.test_main import compress
 from tests.e2e.cases import write_recipe
 from tests.tiny import tiny_llama, tiny_llama4
-from tests.verify.corrupt import corrupt
+from tests.verify.corrupt import corrupt, edit_config, rewrite
 
 EVALUATED = "evaluate: {tokens: 256, context: 64}"
 
@@ -153,9 +154,97 @@ def test_a_linked_report_is_left_alone(result: Path, tmp_path: Path) -> None:
     assert report.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"rms_norm_eps": 0.01}, {"hidden_act": "gelu"}, {"tie_word_embeddings": True}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_config_of_another_meaning_is_caught(result: Path, change: dict[str, object]) -> None:
+    """Every engine reads the same wrong config, so that all agree."""
+    copy = copy_of(result)
+    (copy / "manifest.json").unlink()
+    edit_config(copy, lambda config: config.update(change))
+    assert statuses(verified(copy))["meaning"] == "failed"
+
+
+def test_another_vocabulary_is_caught(result: Path) -> None:
+    """Two tokens have changed places; the second copy has ids beyond the embedding."""
+    for move in (lambda ids: {71: 73, 73: 71}.get(ids, ids), lambda ids: ids + 5000 if ids > 60 else ids):
+        copy = copy_of(result)
+        (copy / "manifest.json").unlink()
+        tokenizer = json.loads((copy / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        tokenizer["model"]["vocab"] = {token: move(number) for token, number in vocabulary.items()}
+        (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+        assert statuses(verified(copy))["meaning"] == "failed"
+
+
+def test_without_a_tokenizer_the_source_lends_its_own(result: Path) -> None:
+    """Engines take one by an option, so that its absence is no fault."""
+    copy = copy_of(result)
+    for name in ("manifest.json", "tokenizer.json", "tokenizer_config.json"):
+        (copy / name).unlink(missing_ok=True)
+    found = verified(copy)
+    assert found.passed
+    assert statuses(found)["tokenizer"] == "skipped"
+
+
+def test_a_tensor_that_the_source_lacks_is_caught(tmp_path: Path) -> None:
+    """A head beside a tied embedding: transformers prefers it."""
+    source = tiny_llama(tmp_path / "source", hidden=128, intermediate=256, tie=True)
+    copy = tmp_path / "copy"
+    run(write_recipe(tmp_path / "recipe.yaml", source, "{scheme: int8}"), output=copy)
+    (copy / "manifest.json").unlink()
+    for factor, status in ((1.0, "passed"), (2.0, "failed")):
+        rewrite(
+            copy,
+            lambda tensors, by=factor: (
+                tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * by}
+            ),
+        )
+        assert statuses(verified(copy))["copies"] == status
+
+
+def test_an_unquantized_edited_copy_is_caught(result: Path, tmp_path: Path) -> None:
+    """Nothing to decode, but still not the source."""
+    source = result.parent.parent / "source"
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    assert verified(copy, source=str(source)).passed
+    rewrite(copy, lambda tensors: tensors | {"model.norm.weight": tensors["model.norm.weight"] * 1.01})
+    assert statuses(verified(copy, source=str(source)))["copies"] == "failed"
+
+
+@pytest.mark.parametrize("positions", [-3, 0, 1])
+def test_impossible_positions_are_told(result: Path, positions: int) -> None:
+    """No prompt fits: a finding, not a crash."""
+    copy = copy_of(result)
+    (copy / "manifest.json").unlink()
+    edit_config(copy, lambda config: config.update(max_position_embeddings=positions))
+    assert statuses(verified(copy))["transformers"] == "failed"
+
+
+def test_edited_files_are_not_made_exported(result: Path) -> None:
+    """A second verification must not find a manifest that the first one mended."""
+    copy = copy_of(result)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    for _ in range(2):
+        assert statuses(verified(copy))["manifest"] == "failed"
+
+
+def test_a_verification_that_was_killed_leaves_an_export(result: Path) -> None:
+    """Report, page and card are written before the manifest: the next verification mends it, and says so."""
+    copy = copy_of(result)
+    (copy / "report.json").write_text((copy / "report.json").read_text() + " ")
+    assert exported(copy) is not None
+    [told] = [check.detail for check in verified(copy).checks if check.name == "manifest"]
+    assert "describe the run" in told
+    assert check_manifest(copy) == []
+
+
 def test_an_engine_that_is_insisted_on_must_be_there(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before anything is loaded."""
-    monkeypatch.setattr("compressor.verify.run.find_engine_python", lambda given: None)
+    monkeypatch.setattr("compressor.verify.run.find_engine_python", lambda *given: None)
     with pytest.raises(UserError, match="no environment with vLLM"):
         verified(result, engine="vllm")
 

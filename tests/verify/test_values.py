@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressor.schemes import parse_scheme
-from compressor.verify.values import CALIBRATED, CALIBRATED_ERROR, LIMIT_4BIT, LIMIT_8BIT, resemblance
+from compressor.verify.values import CALIBRATED, CALIBRATED_ERROR, GAIN, LIMIT_4BIT, LIMIT_8BIT, resemblance
 
 SHAPE = (64, 256)
 GROUPS = {
@@ -45,6 +45,20 @@ def test_honest_rounding_breaks_no_group(name: str, kind: str, search: str) -> N
     assert found.astray == 0
     if kind == "normal":
         assert found.relative < (LIMIT_4BIT if name in ("nvfp4a16", "mxfp4", "int4") else LIMIT_8BIT)
+
+
+@pytest.mark.parametrize("kind", ["normal", "tails", "outliers"])
+@pytest.mark.parametrize("name", GROUPS)
+def test_gain_tells_scales_that_are_all_off(name: str, kind: str) -> None:
+    """Within the limit for honest rounding, beyond it once all scales are a tenth too large."""
+    scheme = parse_scheme(name)
+    weight_OI = matrix(kind)
+    decoded_OI = scheme.decode(scheme.encode(weight_OI, scheme.fit([weight_OI], search="full")[0]), *SHAPE)
+    honest = resemblance(decoded_OI, weight_OI, GROUPS[name])
+    assert abs(honest.gain) <= GAIN + honest.relative
+    if kind == "normal":
+        off = resemblance(decoded_OI * 1.1, weight_OI, GROUPS[name])
+        assert abs(off.gain) > GAIN + off.relative
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0, -1.0])
