@@ -80,7 +80,7 @@ def _check_models(
     # A GGUF source is written out here for the engine: not into a temporary file system in memory.
     spec.cache.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="verify.tmp-", dir=spec.cache.parent) as scratch:
-        return question_engine(
+        facts = question_engine(
             Questions(
                 python=python,
                 checkpoint=spec.checkpoint,
@@ -94,3 +94,14 @@ def _check_models(
             ),
             progress,
         )
+        if facts.verdict in ("failed", "disagrees"):
+            progress.warn(f"what the engine wrote is kept in {_kept_logs(Path(scratch), spec.cache.parent)}")
+        return facts
+
+
+def _kept_logs(scratch: Path, folder: Path) -> Path:
+    """All logs of the engine's processes, oldest first, in one file of ``folder``."""
+    logs = sorted(scratch.rglob("*.log"), key=lambda log: log.stat().st_mtime)
+    kept = folder / f"engine-{utc_now().replace(':', '')}.log"
+    kept.write_bytes(b"\n".join(log.read_bytes() for log in logs))
+    return kept

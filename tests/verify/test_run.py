@@ -11,11 +11,13 @@ import pytest
 from compressor.api import run
 from compressor.errors import UserError
 from compressor.export import exported
-from compressor.progress import Silent
+from compressor.progress import Progress, Silent
 from compressor.report.manifest import check_manifest, read_manifest
 from compressor.report.model import load_report
-from compressor.report.verification import Verification
+from compressor.report.verification import EngineFacts, Verification
+from compressor.verify.base import EngineAnswer
 from compressor.verify.run import verify
+from compressor.verify.serving import Questions, engine_facts
 from compressor.verify.spec import VerifySpec
 from tests.cli.test_main import compress
 from tests.e2e.cases import write_recipe
@@ -37,12 +39,13 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def verified(folder: Path, **changes: object) -> Verification:
     """A verification without an engine, on few tokens."""
     given: dict[str, object] = {
+        "cache": folder.parent / "cache",
         "engine": "none",
         "tokens": 256,
         "text": "calibration/heldout.jsonl",
         **changes,
     }
-    spec = VerifySpec(checkpoint=folder, cache=folder.parent / "cache", **given)  # type: ignore[arg-type]
+    spec = VerifySpec(checkpoint=folder, **given)  # type: ignore[arg-type]
     return verify(spec, Silent())
 
 
@@ -261,3 +264,24 @@ def test_exit_codes(result: Path) -> None:
     assert bad.returncode == 1
     assert bad.stdout.rstrip().splitlines()[-1].startswith("FAILED")
     assert compress("verify", str(result / "nowhere"), *few).returncode == 2
+
+
+def test_logs_of_a_failed_engine_are_kept(
+    result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The working folder goes; what the engine wrote is what a user needs then."""
+    from compressor.verify import run as module
+
+    def failing(asked: Questions, progress: Progress) -> EngineFacts:
+        (asked.scratch / "ask-1").mkdir()
+        (asked.scratch / "ask-1" / "engine.log").write_text("Traceback: no such operation")
+        answer = EngineAnswer("vllm", "0", "cpu", "float32", (), None, (), (), "it died", "load")
+        return engine_facts(answer, asked.reference, None, None)
+
+    monkeypatch.setattr(module, "question_engine", failing)
+    monkeypatch.setattr(module, "find_engine_python", lambda *given: Path("python"))
+    found = verified(copy_of(result), engine="auto", cache=tmp_path / "work" / "hub")
+    assert not found.passed
+    [log] = (tmp_path / "work").glob("engine-*.log")
+    assert "no such operation" in log.read_text()
+    assert not list((tmp_path / "work").glob("verify.tmp-*"))
