@@ -19,6 +19,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,12 +32,16 @@ from compressor.checkpoint.sources import open_source  # noqa: E402
 from compressor.cli.progress import reporter  # noqa: E402
 from compressor.errors import UserError  # noqa: E402
 from compressor.progress import Progress  # noqa: E402
-from compressor.report.verification import EngineFacts  # noqa: E402
 from compressor.verify import vllm_worker  # noqa: E402
 from compressor.verify.base import EngineAnswer, EngineRequest  # noqa: E402
 from compressor.verify.engine import find_engine_python, read_answer  # noqa: E402
 from compressor.verify.models import NEW_TOKENS, Reference, load_reference  # noqa: E402
-from compressor.verify.serving import Questions, engine_facts, question_engine  # noqa: E402
+from compressor.verify.serving import (  # noqa: E402
+    EngineFinding,
+    Questions,
+    engine_facts,
+    question_engine,
+)
 from compressor.verify.spec import VerifySpec  # noqa: E402
 from scripts.serving_page import render  # noqa: E402
 from tests.serve.families import FAMILIES  # noqa: E402
@@ -122,7 +127,7 @@ def measure(cell: Cell, python: Path, folder: Path, progress: Progress) -> dict[
         return _row(cell, None, made)
     checkpoint, source = made
     _, reference = reference_of(checkpoint, source, progress)
-    facts = None
+    chosen = None
     plugin = {"PYTHONPATH": str(PLUGIN), "COMPRESSOR_SERVE_WEIGHT_ONLY": "1"}
     # vLLM computes FP8_DYNAMIC on CPU value by value: minutes for a prompt.
     for env in [plugin] if cell.scheme == "fp8_dynamic" else [{}, plugin]:
@@ -140,21 +145,24 @@ def measure(cell: Cell, python: Path, folder: Path, progress: Progress) -> dict[
             )
             found = question_engine(asked, progress)
         # Of two refusals the plain engine's is the one to show.
-        if facts is None or found.verdict != "unsupported":
-            facts = found
-        if found.verdict != "unsupported":
+        if chosen is None or found.facts.verdict != "unsupported":
+            chosen = found
+        if found.facts.verdict != "unsupported":
             break
     shutil.rmtree(checkpoint)
-    return _row(cell, facts, "")
+    return _row(cell, chosen, "")
 
 
-def _row(cell: Cell, facts: EngineFacts | None, refused: str) -> dict[str, Any]:
+def _row(cell: Cell, found: EngineFinding | None, refused: str) -> dict[str, Any]:
+    """A row of the results file; ``date``: the UTC day on which it was written."""
     return {
         "cell": cell.name,
         "family": cell.family,
         "format": cell.format,
         "refused": refused,
-        "engine": facts.model_dump() if facts else None,
+        "date": datetime.now(UTC).date().isoformat(),
+        "rounded": found is not None and found.rounded,
+        "engine": found.facts.model_dump() if found else None,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,15 +21,16 @@ scale still reads fluently.
   (`tests/serve/plugin`) dequantizes when loading and leaves activations unrounded, so that vLLM's own loader,
   layout and handling of scales are proven, and its kernels are not.
 - **no kernel**: vLLM refuses the format there, with its reason.
-- **rounded**: the format rounds activations, which turns the least difference into another code. Two right
-  programs are then about as far apart as source and result, and only gross faults would show. The noise floor
-  is that of the checkpoint itself, float32 against bfloat16 by transformers.
+- **rounded**: the engine rounds activations, as the format asks, which turns the least difference into
+  another code. Two right programs are then about as far apart as source and result, and only gross faults
+  would show; where none does, the rest is undecided. The noise floor is that of the checkpoint itself,
+  float32 against bfloat16 by transformers.
 - **undecided**: the noise is as large as the effect, or the reference cannot do what the format asks for.
 - **not made**: no recipe makes this combination, with the reason.
 
-Llama 4's NVFP4 experts disagree on the GPU because vLLM 0.26 applies the router's weights twice there: to the
-input and in the Marlin kernel (vllm-project/vllm#43694 describes the same for CUTLASS). A reference with
-squared weights agrees with it. The checkpoint is right: through the plug-in it agrees.
+Llama 4's NVFP4 experts disagree on the GPU, while a checkpoint of the same recipe agrees through the plug-in
+on CPU. vllm-project/vllm#43694 says of vLLM's CUTLASS kernels that they apply the router's weights of such
+experts twice; whether that is the cause here is not established.
 
 `compress verify CHECKPOINT` does the same for any checkpoint. Text Generation Inference (in maintenance mode)
 reads the same compressed-tensors files; TensorRT-LLM and SGLang read the ModelOpt dialect
@@ -48,6 +50,7 @@ def _section(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = {(row["family"], row["format"]): row for row in rows}
     lines = [
         f"\n## {', '.join(engines)}\n",
+        *_dates(rows),
         f"| format | {' | '.join(families)} |",
         f"| --- |{' --- |' * len(families)}",
     ]
@@ -57,6 +60,16 @@ def _section(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"| {form} | {' | '.join(shown)} |")
     lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _dates(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """When the rows were measured, where they say so."""
+    dates = Counter(row["date"] for row in rows if "date" in row)
+    if not dates:
+        return []
+    undated = len(rows) - dates.total()
+    told = [f"{date} ({count})" for date, count in sorted(dates.items())]
+    return [f"Cells by date: {', '.join([*told, *([f'not recorded ({undated})'] if undated else [])])}.\n"]
 
 
 def _program(engine: Mapping[str, Any]) -> str:
@@ -73,7 +86,7 @@ def _cell(row: Mapping[str, Any] | None, notes: list[str]) -> str:
         return f"no kernel{_note(engine['reason'], notes)}"
     if engine["mean_difference"] is None:
         return f"**{engine['verdict']}**{_note(engine['reason'], notes)}"
-    how = ", emulated" if engine["plugins"] else ", rounded" if "gross faults" in engine["reason"] else ""
+    how = ", emulated" if engine["plugins"] else ", rounded" if row["rounded"] else ""
     numbers = "{mean_difference:.4f} / {noise_floor:.4f} / {effect:.3f}".format(**engine)
     if engine["verdict"] == "agrees":
         return f"agrees{how}<br>{numbers}"

@@ -138,20 +138,29 @@ def small_file(folder: Path, name: str, label: str) -> bytes:
 def file_inside(folder: Path, name: str, label: str) -> Path:
     """The file ``name`` of the resolved ``folder``, once it is known to lie there really.
 
+    A snapshot in the Hub's cache is all links to its repository's own blobs: they count as lying there.
+
     Raises:
-        CheckpointError: it is missing, or a link out of the folder; ``label`` names the folder.
+        CheckpointError: it is missing, or another link out of the folder; ``label`` names the folder.
     """
     path = folder / name
     target = path.resolve()
-    if not target.is_relative_to(folder):
+    if not target.is_relative_to(folder) and not _is_blob(folder, target):
         raise CheckpointError(
             f"{name} is a link out of the folder, to {target}",
             where=label,
-            fix="copy the file into the folder, or name a cached Hub model by its Hub id",
+            fix="copy the file into the folder",
         )
     if not target.is_file():
         raise CheckpointError(f"{name} is missing", where=label, fix=AGAIN)
     return target
+
+
+def _is_blob(folder: Path, target: Path) -> bool:
+    """Whether ``folder`` is a snapshot in the Hub's cache, and ``target`` a blob of its own repository."""
+    repository = folder.parent.parent
+    cached = folder.parent.name == "snapshots" and repository.name.startswith("models--")
+    return cached and target.parent == repository / "blobs"
 
 
 def sample_step(tensors: int) -> int:

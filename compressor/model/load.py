@@ -162,9 +162,37 @@ def set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _read_config(folder: Path) -> Any:
-    from transformers import AutoConfig
+def refuse_fetched_kernels(config: Any, label: str) -> None:
+    """Refuses a config whose attention or experts are code from the Hub: transformers would fetch and run it.
 
+    ``attn_implementation: org/repo`` at any depth (transformers 5.17 integrations/hub_kernels.py, is_kernel).
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    level: list[tuple[str, Any]] = [("", config)]
+    while level:
+        key, value = level.pop()
+        if isinstance(value, Mapping):
+            # Such an entry may name one for each part of the model.
+            chosen = key if "_implementation" in key else ""
+            level += ((f"{chosen}{inner}", item) for inner, item in value.items())
+        elif isinstance(value, list):
+            level += ((key, item) for item in value)
+        elif isinstance(value, str) and "_implementation" in key and "/" in value:
+            raise CheckpointError(
+                f"config.json: {key[:40]} is {value[:80]!r}: code from the Hub is never run",
+                where=label,
+                fix="remove the entry",
+            )
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig, PreTrainedConfig
+
+    # What AutoConfig reads; the entries are gone from what it returns.
+    raw, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+    refuse_fetched_kernels(raw, str(folder))
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 

@@ -48,10 +48,10 @@ _NOTES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 # model_type of Llama 4, and what was measured of its experts (docs/serving.md).
 _ROUTED_ON_INPUT = ("llama4", "llama4_text")
-_TWICE = (
-    "vLLM 0.26 on Hopper applies the router's weights of Llama 4's {label} experts twice, so that it serves "
-    "another model (vllm-project/vllm#43694 describes the same for other kernels): run `compress verify` on "
-    "the machine that will serve. INT4 experts agreed there."
+_OTHER_MODEL = (
+    "vLLM 0.26 on Hopper computed another model from Llama 4's {label} experts (docs/serving.md; "
+    "vllm-project/vllm#43694 says of other kernels that they apply the router's weights twice): run "
+    "`compress verify` on the machine that will serve. INT4 experts agreed there."
 )
 _UNKNOWN = "No serving check of {label} is recorded: compare log-probabilities before relying on it."
 
@@ -66,7 +66,7 @@ def serve_facts(path: str, scheme_labels: Iterable[str], model_type: str = "") -
     labels = list(scheme_labels)
     notes = [note for label in labels for note in scheme_notes(label)]
     if model_type in _ROUTED_ON_INPUT:
-        notes += [_TWICE.format(label=label) for label in labels if label.startswith("NVFP4")]
+        notes += [_OTHER_MODEL.format(label=label) for label in labels if label.startswith("NVFP4")]
     return Serve(command=f"vllm serve {shell_quote(model)}", model=model, notes=tuple(dict.fromkeys(notes)))
 
 

@@ -153,11 +153,18 @@ def _has_vllm(python: Path) -> bool:
 
 
 def read_answer(path: Path, request: EngineRequest) -> EngineAnswer:
-    """The answer to ``request``, as far as the engine's process got."""
+    """The answer to ``request``, as far as the engine's process got; a broken file becomes its ``error``."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return _from_json(found, request)
     except FileNotFoundError:
-        found = {}
+        return _from_json({}, request)
+    except (ValueError, TypeError, AttributeError) as error:  # cut off, or of another shape
+        reason = " ".join(str(error).split())[:_REASON_CHARS]
+        return _from_json({"error": f"the engine's answer is cut off or broken: {reason}"}, request)
+
+
+def _from_json(found: dict[str, Any], request: EngineRequest) -> EngineAnswer:
     return EngineAnswer(
         engine="vllm",
         version=found.get("version", ""),

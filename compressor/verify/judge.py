@@ -4,8 +4,10 @@ The noise floor is the same distance between two programs that are both right: w
 The effect is how far quantization itself moved the log-probabilities. Noise and a wrong decoding are
 independent, so their squares add; what exceeds the noise is held against the effect.
 
-Seen with vLLM 0.32 on CPU, SmolLM2-135M, 1,020 tokens: formats that are decoded rightly exceed the noise by
-up to 6 percent of the effect; INT4 whose activations are silently rounded to 8 bits by 29 percent.
+Seen with vLLM 0.32 on CPU (``scripts/serving_matrix.py run``, docs/serving.md): formats that are decoded
+rightly exceed the noise by up to 13 percent of the effect, sqrt(difference^2 - floor^2) / effect. What must
+be told apart from them is INT4 whose activations vLLM silently rounds to 8 bits on CPUs with AMX:
+``VLLM_CPU_INT4_W4A8=1 compress verify out/smollm2-int4 --tokens 1024``, and a test in tests/serve.
 """
 
 from __future__ import annotations
@@ -81,8 +83,9 @@ def judge(found: Distance, *, floor: float, effect: float | None, rounded: bool 
         found: engine against reference, both on the checkpoint.
         floor: mean distance that two right programs have; measured, or a typical one.
         effect: checkpoint against source, both by the reference, mean; None where there is no source.
-        rounded: both round activations, and ``floor`` is that of this very checkpoint: it is near the
-            effect by nature, and hides all but gross faults; these also shift the likelihood of the text.
+        rounded: both round activations, and ``floor`` is that of this very checkpoint. Where it is near the
+            effect, as it mostly is, it hides all but gross faults, which also shift the likelihood of the
+            text: these are told, and the rest is undecided.
     """
     against = f"noise floor {floor:.4f}" + (f", effect of quantization {effect:.4f}" if effect else "")
     numbers = f"mean difference {found.mean:.4f} nats over {found.tokens} tokens ({against})"
@@ -95,7 +98,8 @@ def judge(found: Distance, *, floor: float, effect: float | None, rounded: bool 
         drift = SHIFT_ERRORS * found.shift_error + EFFECT_SHARE * (effect or 0.0)
         if abs(found.shift) > drift:
             return Judgement("disagrees", f"{numbers}: the text's likelihood shifts by {found.shift:+.4f}")
-        return Judgement("agrees", f"{numbers}; rounded activations hide all but gross faults")
-    if effect and floor > LOUD * effect:
-        return Judgement("undecided", f"{numbers}: the noise hides the effect")
+    # Without a source nobody knows how far the noise of rounding is from the effect.
+    if floor > LOUD * effect if effect else rounded:
+        hidden = "all but gross faults, of which none shows" if rounded else "the effect"
+        return Judgement("undecided", f"{numbers}: the noise hides {hidden}")
     return Judgement("agrees", numbers)

@@ -93,7 +93,7 @@ def _check_models(
                 scratch=Path(scratch),
             ),
             progress,
-        )
+        ).facts
         if facts.verdict in ("failed", "disagrees"):
             progress.warn(f"what the engine wrote is kept in {_kept_logs(Path(scratch), spec.cache.parent)}")
         return facts

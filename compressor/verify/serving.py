@@ -46,7 +46,20 @@ class Questions:
     scratch: Path
 
 
-def question_engine(asked: Questions, progress: Progress) -> EngineFacts:
+@dataclass(frozen=True)
+class EngineFinding:
+    """A verdict with its numbers.
+
+    Attributes:
+        facts: as the report tells them.
+        rounded: whether they rest on the reference whose activations are rounded as the scheme says.
+    """
+
+    facts: EngineFacts
+    rounded: bool
+
+
+def question_engine(asked: Questions, progress: Progress) -> EngineFinding:
     """Loads and scores the checkpoint in the engine, then its source, then asks its server."""
     tokens = asked.reference.tokens
     progress.log("asking the engine about the checkpoint")
@@ -78,7 +91,7 @@ def question_engine(asked: Questions, progress: Progress) -> EngineFacts:
 
 def engine_facts(
     answer: EngineAnswer, reference: Reference, floor: float | None, server: ServerAnswer | None
-) -> EngineFacts:
+) -> EngineFinding:
     """The verdict on one answer.
 
     Args:
@@ -87,7 +100,7 @@ def engine_facts(
         floor: measured mean distance on the unquantized source, or None: the typical one is used.
         server: what the server said, or None where it was not asked.
     """
-    found, used_floor, effect = None, None, None
+    found, used_floor, effect, rounded = None, None, None, False
     verdict: Verdict | Literal["failed", "unsupported"]
     if answer.error is not None:
         unsupported = unsupported_here(answer)
@@ -96,11 +109,11 @@ def engine_facts(
         verdict, reason = "undecided", "it loads and answers; there is no reference to compare with"
     else:
         used_floor = TYPICAL_FLOOR[answer.dtype] if floor is None else floor
-        found, judged, effect, used_floor = _compare(answer, reference, used_floor)
+        found, judged, effect, used_floor, rounded = _compare(answer, reference, used_floor)
         verdict, reason = judged.verdict, judged.reason
     if server is not None and server.error is not None and verdict in ("agrees", "undecided"):
         verdict, reason = "failed", f"its server: {server.error}"
-    return EngineFacts(
+    facts = EngineFacts(
         name=answer.engine,
         version=answer.version,
         device=answer.device,
@@ -118,12 +131,13 @@ def engine_facts(
         greedy_tokens=sum(map(len, answer.greedy)),
         server=None if server is None else _server_words(server, answer),
     )
+    return EngineFinding(facts, rounded)
 
 
 def _compare(
     answer: EngineAnswer, reference: Reference, floor: float
-) -> tuple[Distance, Judgement, float | None, float]:
-    """Distance, judgement, effect and floor, against the reference that the engine is nearer to.
+) -> tuple[Distance, Judgement, float | None, float, bool]:
+    """Distance, judgement, effect, floor and whether activations are rounded, for the nearer reference.
 
     Where a scheme rounds activations, an engine without such kernels may compute with them unrounded: it
     then serves the weights rightly, and says what it serves.
@@ -137,11 +151,12 @@ def _compare(
         else:
             words = ", with unrounded activations"
     effect = None if reference.source is None else distance(against, reference.source).mean
-    judged = judge(found, floor=floor, effect=effect, rounded=against is reference.rounded)
+    is_rounded = against is reference.rounded
+    judged = judge(found, floor=floor, effect=effect, rounded=is_rounded)
     if reference.unsimulated and judged.verdict == "disagrees":
         judged = replace(judged, verdict="undecided")
         words = "; the scheme rounds activations, which the reference does not simulate for experts"
-    return found, replace(judged, reason=judged.reason + words), effect, floor
+    return found, replace(judged, reason=judged.reason + words), effect, floor, is_rounded
 
 
 def _ask(asked: Questions, model: Path, dtype: str, progress: Progress) -> EngineAnswer:

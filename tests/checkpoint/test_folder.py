@@ -316,3 +316,31 @@ def test_link_inside_is_fine(sharded: Path) -> None:
     shard(sharded, 2).symlink_to("blob")
     source = FolderSource(sharded)
     assert all(source.read(name).numel() for name in source.headers)
+
+
+def _snapshot(folder: Path, root: Path, blobs: str = "models--org--name/blobs") -> Path:
+    """The folder as the Hub's cache holds it: links to blobs."""
+    home = root / blobs
+    home.mkdir(parents=True)
+    snapshot = root / "models--org--name" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        shutil.copy(path, home / f"blob-{number}")
+        (snapshot / path.name).symlink_to(os.path.relpath(home / f"blob-{number}", snapshot))
+    return snapshot
+
+
+def test_snapshot_of_the_hub_cache_is_read(sharded: Path, tmp_path: Path) -> None:
+    """Links to the repository's own blobs are files of the folder."""
+    snapshot = _snapshot(sharded, tmp_path / "hub")
+    ours, plain = FolderSource(snapshot), FolderSource(sharded)
+    assert ours.headers == plain.headers
+    name = next(iter(plain.headers))
+    assert torch.equal(ours.read(name), plain.read(name))
+
+
+@pytest.mark.parametrize("blobs", ["models--org--other/blobs", "models--org--name/blobs/deeper", "elsewhere"])
+def test_snapshot_with_other_links_is_refused(sharded: Path, tmp_path: Path, blobs: str) -> None:
+    """Another repository's blobs, and anything else, stay out of bounds."""
+    with pytest.raises(CheckpointError, match="link out of the folder"):
+        FolderSource(_snapshot(sharded, tmp_path / "hub", blobs))

@@ -110,19 +110,33 @@ FORMATS: dict[str, Callable[[int, int], Made]] = {
 
 def compress_folder(source: Path, folder: Path, preset: str) -> dict[str, torch.Tensor]:
     """Copies ``source`` to ``folder`` with random quantized projections; returns the weights meant."""
-    shutil.copytree(source, folder)
-    stored = load_file(folder / "model.safetensors")
-    names = [name.removesuffix(".weight") for name in stored if name.endswith("_proj.weight")]
     meant = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        for name in names:
-            tensors, weight = FORMATS[preset](*stored.pop(f"{name}.weight").shape)
-            stored |= {f"{name}.{local}": tensor for local, tensor in tensors.items()}
-            meant[f"{name}.weight"] = weight
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def made(module: str, out: int, wide: int) -> dict[str, torch.Tensor]:
+        tensors, meant[f"{module}.weight"] = FORMATS[preset](out, wide)
+        return tensors
+
+    replace_projections(source, folder, made, seed=1)
     write_quantization_config(folder, preset)
     return meant
+
+
+def replace_projections(
+    source: Path, folder: Path, make: Callable[[str, int, int], dict[str, torch.Tensor]], *, seed: int
+) -> None:
+    """Copies ``source`` to ``folder``; ``make(module, O, I)`` gives each projection's tensors by local name.
+
+    Torch's generator starts at ``seed`` and is left as it was.
+    """
+    shutil.copytree(source, folder)
+    stored = load_file(folder / "model.safetensors")
+    modules = [name.removesuffix(".weight") for name in stored if name.endswith("_proj.weight")]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in modules:
+            out, wide = stored.pop(f"{module}.weight").shape
+            stored |= {f"{module}.{local}": tensor for local, tensor in make(module, out, wide).items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_quantization_config(folder: Path, preset: str) -> None:

@@ -74,6 +74,6 @@ def test_notes_are_said_once() -> None:
 def test_llama4_experts_come_with_a_warning() -> None:
     """An engine that loads them and computes another model is worse than one that refuses."""
     for model_type in ("llama4", "llama4_text"):
-        assert any("twice" in note for note in serve_facts("out", ["NVFP4A16"], model_type).notes)
-        assert not any("twice" in note for note in serve_facts("out", ["W4A16"], model_type).notes)
-    assert not any("twice" in note for note in serve_facts("out", ["NVFP4A16"], "llama").notes)
+        assert any("another model" in note for note in serve_facts("out", ["NVFP4A16"], model_type).notes)
+        assert not any("another model" in note for note in serve_facts("out", ["W4A16"], model_type).notes)
+    assert not any("another model" in note for note in serve_facts("out", ["NVFP4A16"], "llama").notes)

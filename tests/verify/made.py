@@ -6,16 +6,14 @@ Legend: O out_features, I in_features.
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from tests.model.compressed import nvfp4
+from tests.model.compressed import nvfp4, replace_projections
 from tests.tiny import BYTE_TOKENS
 
 Tensors = dict[str, torch.Tensor]
@@ -61,20 +59,15 @@ def llm_compressor(source: Path, folder: Path, scheme: str | None, kv_strategy: 
 
 def modelopt(source: Path, folder: Path, algo: str, *, kv: bool = False) -> Path:
     """Copies ``source`` to ``folder`` with random codes and scales as ModelOpt's export lays them out."""
-    shutil.copytree(source, folder)
-    stored = load_file(folder / "model.safetensors")
-    modules = [name.removesuffix(".weight") for name in stored if name.endswith("_proj.weight")]
     layers = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        for module in modules:
-            out, wide = stored.pop(f"{module}.weight").shape
-            layers[module] = algo if algo != "MIXED_PRECISION" else "FP8" if "mlp" in module else "NVFP4"
-            for local, tensor in ALGORITHMS[layers[module]](out, wide).items():
-                stored[f"{module}.{local}"] = tensor
-            if kv and module.endswith(("k_proj", "v_proj")):
-                stored[f"{module}.{module[-6]}_scale"] = torch.tensor(0.05)
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+
+    def made(module: str, out: int, wide: int) -> Tensors:
+        layers[module] = algo if algo != "MIXED_PRECISION" else "FP8" if "mlp" in module else "NVFP4"
+        scales = kv and module.endswith(("k_proj", "v_proj"))
+        kv_scale = {f"{module[-6]}_scale": torch.tensor(0.05)} if scales else {}
+        return ALGORITHMS[layers[module]](out, wide) | kv_scale
+
+    replace_projections(source, folder, made, seed=2)
     _describe(folder, algo, layers, kv)
     return folder
 

@@ -15,7 +15,7 @@ import compressor.verify.engine as engine
 from compressor.errors import UserError
 from compressor.progress import Silent
 from compressor.verify.base import EngineAnswer, EngineRequest
-from compressor.verify.engine import WORKER, ask, find_engine_python, unsupported_here
+from compressor.verify.engine import WORKER, ask, find_engine_python, read_answer, unsupported_here
 from tests.verify.fake_vllm import FakeVllm, add_distribution, fake_vllm
 
 REQUEST = EngineRequest("model", "auto", windows=[[1, 2, 3], [4, 5]], prompts=[[7, 8]], new_tokens=3)
@@ -182,6 +182,21 @@ def test_plugins_of_others_are_named(
     add_distribution(fake.packages, "two-plugins", points)
     answer = asked(**({} if chosen is None else {"VLLM_PLUGINS": chosen}))
     assert answer.plugins == found
+
+
+@pytest.mark.parametrize(
+    "text", ['{"version": "0", "stage": "done", "logpr', "[1]", '{"logprobs": 5}', '{"seconds": "\xff"}', ""]
+)
+def test_a_broken_answer_is_told(text: str, tmp_path: Path) -> None:
+    """A full disk cuts files off: one sentence and no traceback."""
+    path = tmp_path / "answer.json"
+    path.write_bytes(text.encode("latin-1"))
+    answer = read_answer(path, REQUEST)
+    assert answer.error is not None
+    assert answer.error.startswith("the engine's answer is cut off or broken: ")
+    assert unsupported_here(answer) is None
+    path.unlink()
+    assert read_answer(path, REQUEST).error is None
 
 
 def _interpreter(path: Path, *, has_vllm: bool) -> Path:

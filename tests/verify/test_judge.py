@@ -58,11 +58,21 @@ def test_few_tokens_prove_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("mean", "shift", "verdict"),
-    [(0.2030, 0.01, "agrees"), (0.2030, 0.12, "disagrees"), (0.29, 0.0, "disagrees")],
+    [(0.2030, 0.01, "undecided"), (0.2030, 0.12, "disagrees"), (0.29, 0.0, "disagrees")],
 )
 def test_rounded_activations(mean: float, shift: float, verdict: str) -> None:
-    """Measured for W8A8: two right programs are 0.1988 apart; a gross fault shifts the likelihood too."""
+    """Measured for W8A8: two right programs are 0.1988 apart; a gross fault shifts the likelihood too.
+
+    What noise of the effect's size cannot tell is not called agreement: who insists on the engine gets none.
+    """
     found = Distance(mean, 1.6, 1020, shift, 0.009)
     judged = judge(found, floor=0.1988, effect=0.1840, rounded=True)
     assert judged.verdict == verdict
     assert judged.verdict == "disagrees" or "gross" in judged.reason
+    assert judge(found, floor=0.1988, effect=None, rounded=True).verdict != "agrees"
+
+
+def test_rounded_activations_far_below_the_effect_agree() -> None:
+    """Noise that hides nothing leaves a plain verdict, on the reference that rounds as well."""
+    found = Distance(0.05, 0.4, 510, 0.001, 0.002)
+    assert judge(found, floor=0.05, effect=0.5, rounded=True).verdict == "agrees"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from compressor.export import exported
 from compressor.progress import Progress, Silent
 from compressor.report.manifest import check_manifest, read_manifest
 from compressor.report.model import load_report
-from compressor.report.verification import EngineFacts, Verification
-from compressor.verify.base import EngineAnswer
+from compressor.report.verification import Verification
+from compressor.verify.base import EngineAnswer, EngineRequest
+from compressor.verify.engine import read_answer
+from compressor.verify.judge import distance
 from compressor.verify.run import verify
-from compressor.verify.serving import Questions, engine_facts
+from compressor.verify.serving import EngineFinding, Questions, engine_facts
 from compressor.verify.spec import VerifySpec
 from tests.cli.test_main import compress
 from tests.e2e.cases import write_recipe
@@ -252,6 +255,38 @@ def test_an_engine_that_is_insisted_on_must_be_there(result: Path, monkeypatch: 
         verified(result, engine="vllm")
 
 
+@pytest.mark.parametrize(
+    ("factor", "verdict", "passed"), [(0.0, "agrees", True), (0.5, "undecided", False)], ids=["quiet", "loud"]
+)
+def test_insisting_on_the_engine_takes_agreement(
+    result: Path, monkeypatch: pytest.MonkeyPatch, factor: float, verdict: str, passed: bool
+) -> None:
+    """Rounded activations whose noise is half the effect hide faults: no proof for who insists on one."""
+    from compressor.verify import run as module
+
+    def answering(asked: Questions, progress: Progress) -> EngineFinding:
+        reference = asked.reference
+        assert reference.source is not None
+        scored = tuple(map(tuple, reference.checkpoint))
+        noise = factor * distance(reference.checkpoint, reference.source).mean
+        rounded = replace(
+            reference, rounded=reference.checkpoint, rounded_noise=noise, checkpoint=reference.source
+        )
+        answer = EngineAnswer("vllm", "0", "cpu", "float32", (), None, scored, (), None, "done")
+        finding = engine_facts(answer, rounded, 1e-6, None)
+        assert finding.rounded
+        return finding
+
+    monkeypatch.setattr(module, "question_engine", answering)
+    monkeypatch.setattr(module, "find_engine_python", lambda *given: Path("python"))
+    copy = copy_of(result)
+    insisted = verified(copy, engine="vllm")
+    assert insisted.engine is not None
+    assert insisted.engine.verdict == verdict
+    assert insisted.passed is passed
+    assert verified(copy, engine="auto").passed
+
+
 def test_exit_codes(result: Path) -> None:
     """0 for what is right, 1 for what is not, 2 for what is not there."""
     few = ("--engine", "none", "--tokens", "256", "-q")
@@ -266,16 +301,21 @@ def test_exit_codes(result: Path) -> None:
     assert compress("verify", str(result / "nowhere"), *few).returncode == 2
 
 
+@pytest.mark.parametrize("broken", [False, True], ids=["died", "broken answer"])
 def test_logs_of_a_failed_engine_are_kept(
-    result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, broken: bool
 ) -> None:
     """The working folder goes; what the engine wrote is what a user needs then."""
     from compressor.verify import run as module
 
-    def failing(asked: Questions, progress: Progress) -> EngineFacts:
+    def failing(asked: Questions, progress: Progress) -> EngineFinding:
         (asked.scratch / "ask-1").mkdir()
         (asked.scratch / "ask-1" / "engine.log").write_text("Traceback: no such operation")
         answer = EngineAnswer("vllm", "0", "cpu", "float32", (), None, (), (), "it died", "load")
+        if broken:
+            (asked.scratch / "answer.json").write_text('{"stage": "done", "logpr')
+            request = EngineRequest("model", "float32", [], [], 1)
+            answer = read_answer(asked.scratch / "answer.json", request)
         return engine_facts(answer, asked.reference, None, None)
 
     monkeypatch.setattr(module, "question_engine", failing)

@@ -22,8 +22,9 @@ from compressor.verify.structure.findings import Findings
 from compressor.verify.structure.modules import known_modules
 from compressor.verify.structure.tensors import check_tensors
 from tests.model.compressed import compress_folder
-from tests.tiny import tiny_llama, tiny_llama4
+from tests.tiny import tiny_llama4
 
+from .checked import failed, statuses
 from .corrupt import Tensors, edit_config, read_tensors, rewrite
 
 SAFETENSORS = {
@@ -38,25 +39,6 @@ PRESETS = (
     *("W4A16", "W4A16_ASYM", "W3A16", "W8A16", "W8A8", "W4A8", "W4AFP8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"),
     *("NVFP4A16", "NVFP4", "MXFP4A16", "MXFP4", "MXFP8", "MXFP8A16"),
 )
-
-
-def failed(folder: Path) -> dict[str, str]:
-    """The details of the checks that failed."""
-    found = check_structure(folder, Silent())
-    return {check.name: check.detail for check in found if check.status == "failed"}
-
-
-def statuses(folder: Path) -> dict[str, str]:
-    """Check -> status."""
-    return {check.name: check.status for check in check_structure(folder, Silent())}
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose widths suit every format."""
-    return tiny_llama(
-        tmp_path_factory.mktemp("dense") / "model", hidden=128, intermediate=256, heads=2, kv_heads=2
-    )
 
 
 # ---- layouts and matching, against compressed-tensors

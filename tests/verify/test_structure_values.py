@@ -13,34 +13,17 @@ from typing import Any
 import pytest
 import torch
 
+from compressor.errors import CheckpointError
 from compressor.model.families.naming import fuse_group
+from compressor.model.load import load_checkpoint_model
 from compressor.progress import Silent
 from compressor.verify.structure import check_structure
 from tests.model.compressed import compress_folder
-from tests.tiny import tiny_llama, tiny_llama4
+from tests.tiny import tiny_llama4
 
+from .checked import failed, statuses
 from .corrupt import Tensors, edit_config, read_tensors, rewrite
 from .made import modelopt
-
-
-def failed(folder: Path) -> dict[str, str]:
-    """The details of the checks that failed."""
-    found = check_structure(folder, Silent())
-    return {check.name: check.detail for check in found if check.status == "failed"}
-
-
-def statuses(folder: Path) -> dict[str, str]:
-    """Check -> status."""
-    return {check.name: check.status for check in check_structure(folder, Silent())}
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose widths suit every format."""
-    return tiny_llama(
-        tmp_path_factory.mktemp("dense") / "model", hidden=128, intermediate=256, heads=2, kv_heads=2
-    )
-
 
 # ---- shapes and values
 
@@ -325,10 +308,44 @@ def test_costly_configs_end_soon(dense: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 def test_a_config_chooses_no_code(key: str, dense: Path, tmp_path: Path) -> None:
-    """Kernels that transformers would fetch from the Hub for a config's sake are not asked for."""
+    """Kernels that transformers would fetch from the Hub for a config's sake: the model is built without."""
     folder = Path(shutil.copytree(dense, tmp_path / "model"))
     edit_config(
         folder, lambda config: config.update({key: "someone/kernels", "auto_map": {"AutoConfig": "x.Y"}})
     )
-    assert failed(folder) == {}
+    assert set(failed(folder)) == {"config"}
     assert "those of LlamaForCausalLM" in check_structure(folder, Silent())[2].detail
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "paged|someone/kernel@main:f"},
+        {"experts_implementation": "someone/kernel"},
+        {"text_config": {"attn_implementation": "someone/kernel"}},
+        {"attn_implementation": {"": "sdpa", "text_config": "someone/kernel"}},
+    ],
+    ids=["attention", "paged", "experts", "nested", "by part"],
+)
+def test_kernels_from_the_hub_are_refused(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """transformers would fetch and run them: said by the check, and by whoever loads the folder."""
+    from transformers import modeling_utils
+
+    asked: list[object] = []
+    monkeypatch.setattr(
+        modeling_utils, "lazy_import_flash_attention", lambda *given, **how: asked.append(given)
+    )
+    copy = tmp_path / "copy"
+    shutil.copytree(dense, copy)
+    edit_config(copy, lambda config: config.update(change))
+    assert "code from the Hub" in failed(copy)["config"]
+    with pytest.raises(CheckpointError, match="code from the Hub is never run"):
+        load_checkpoint_model(copy, torch.float32)
+    assert asked == []
+    edit_config(copy, lambda config: [config.pop(key) for key in change])
+    edit_config(copy, lambda config: config.update(attn_implementation="eager"))
+    assert "config" not in failed(copy)
+    load_checkpoint_model(copy, torch.float32)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compressor.errors import CheckpointError
+from compressor.model.load import refuse_fetched_kernels
 from compressor.progress import Progress
 from compressor.verify.base import Check
 from compressor.verify.structure.config import NotChecked, read_quant_config
-from compressor.verify.structure.contents import Contents, open_contents
+from compressor.verify.structure.contents import Contents, open_contents, told
 from compressor.verify.structure.expected import Expected, expected_tensors
 from compressor.verify.structure.findings import Findings, skipped
 from compressor.verify.structure.kv_scales import check_kv_cache
@@ -49,6 +51,11 @@ def _check_weights(stored: Contents, progress: Progress) -> list[Check]:
         what = "config.json" if stored.config is None else "the weight files"
         return [skipped(name, f"{what} cannot be read, see files") for name in ("config", *_OF_WEIGHTS)]
     config = Findings("config")
+    try:
+        # vLLM's fallback builds models with transformers, which would fetch and run such code.
+        refuse_fetched_kernels(stored.config, "")
+    except CheckpointError as error:
+        config.add(told(error))
     try:
         quant = read_quant_config(stored, config)
     except NotChecked as error:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from compressor.schemes import parse_scheme
-from compressor.verify.values import CALIBRATED, CALIBRATED_ERROR, GAIN, LIMIT_4BIT, LIMIT_8BIT, resemblance
+from compressor.verify.resemblance import resemblance
+from compressor.verify.values import CALIBRATED, CALIBRATED_ERROR, GAIN, LIMIT_4BIT, LIMIT_8BIT
 
 SHAPE = (64, 256)
 GROUPS = {
