@@ -2,8 +2,9 @@
 
     python scripts/make_texts.py CORPORA_FOLDER [OUTPUT_FOLDER]
 
-CORPORA_FOLDER holds ``sotu``, ``moby_dick``, ``austen`` and ``python_doc`` as ``NAME.jsonl.xz`` (one
-``{"id", "text"}`` a line) and ``piqa.jsonl``. What is taken and why is told in ``calibration/README.md``.
+CORPORA_FOLDER holds ``sotu``, ``moby_dick``, ``austen``, ``python_doc`` and ``code_stdlib`` as
+``NAME.jsonl.xz`` (one ``{"id", "text"}`` a line) and ``piqa.jsonl``. What is taken and why is told in
+``calibration/README.md``.
 """
 
 from __future__ import annotations
@@ -15,14 +16,31 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import conversations
 
 SOTU_SINCE = 2017
 MOBY_CHAPTERS = range(41, 61)
 CHAPTERS_PER_ADDRESS = 4
-AUSTEN_CHAPTERS_PER_NOVEL = 4
-PYTHON_DOCS = ("howto/functional", "howto/sorting", "tutorial/controlflow")
+# Of each novel: chapters for prose, evenly spaced, and as many others for conversations.
+PROSE_CHAPTERS, CHAT_CHAPTERS = 4, 2
+PROSE_PAGES = (
+    *(f"tutorial/{page}" for page in ("appetite", "classes", "controlflow", "errors", "floatingpoint")),
+    *(f"tutorial/{page}" for page in ("inputoutput", "modules", "stdlib", "venv")),
+    *(f"howto/{page}" for page in ("annotations", "descriptor", "functional", "instrumentation")),
+    *(f"howto/{page}" for page in ("pyporting", "sockets", "sorting", "unicode")),
+)
+REFERENCE_MODULES = (
+    *("collections", "contextlib", "functools", "heapq", "itertools", "math", "random", "statistics"),
+    *("shutil", "subprocess", "textwrap", "threading", "typing", "urllib.parse", "zipfile"),
+)
+# Modules of these sizes, but tables, relics and what names a licence of its own.
+MODULE_CHARS = range(5_000, 30_000)
+NOT_MODULES = re.compile(r"/(distutils|lib2to3|turtledemo|ctypes|curses|idlelib)/|_casefix|stringprep|opcode")
+OWN_LICENCE = re.compile(r"permission|redistribut|warrant|licen[cs]e|copyright|\(c\)", re.IGNORECASE)
 
-Document = dict[str, str]
+Document = dict[str, Any]
 
 
 def read(folder: Path, corpus: str) -> dict[str, str]:
@@ -44,17 +62,61 @@ def heldout(folder: Path) -> Iterator[Document]:
             yield {"id": chapter, "text": moby[chapter]}
 
 
-def calibration(folder: Path) -> Iterator[Document]:
-    """Evenly spaced chapters of every novel, then three pages of Python documentation."""
+def chapters(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Chapters of every novel by id: those for prose, and those for conversations."""
+    prose: dict[str, str] = {}
+    chat: dict[str, str] = {}
     for novel, text in read(folder, "austen").items():
-        chapters = re.split(r"(?m)^(?=chapter \w+$)", text, flags=re.IGNORECASE)[1:]
-        step = len(chapters) // AUSTEN_CHAPTERS_PER_NOVEL
-        for index in range(0, step * AUSTEN_CHAPTERS_PER_NOVEL, step):
-            yield {"id": f"{novel}/{index + 1}", "text": chapters[index].strip()}
+        found = re.split(r"(?m)^(?=chapter \w+$)", text, flags=re.IGNORECASE)[1:]
+        for into, count, first in ((prose, PROSE_CHAPTERS, 0), (chat, CHAT_CHAPTERS, 1)):
+            step = len(found) // count
+            for index in range(first, first + step * count, step):
+                into[f"{novel}/{index + 1}"] = found[index].strip()
+    assert not prose.keys() & chat.keys()
+    return prose, chat
+
+
+def modules(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Modules of the standard library by id: every second one for code, the others for conversations."""
+    fit = {
+        name: text
+        for name, text in read(folder, "code_stdlib").items()
+        if len(text) in MODULE_CHARS and not NOT_MODULES.search(name) and not OWN_LICENCE.search(text)
+    }
+    names = sorted(fit)
+    return {name: fit[name] for name in names[::2]}, {name: fit[name] for name in names[1::2]}
+
+
+def prose(folder: Path) -> Iterator[Document]:
+    """Evenly spaced chapters of every novel, then pages of Python documentation."""
+    for name, text in chapters(folder)[0].items():
+        yield {"id": name, "text": text}
     pages = read(folder, "python_doc")
-    for page in PYTHON_DOCS:
-        name = f"doc/python3.11/html/_sources/{page}.rst.txt"
+    for page in PROSE_PAGES:
+        name = f"{conversations.DOCS}{page}.rst.txt"
         yield {"id": name, "text": pages[name]}
+
+
+def code(folder: Path) -> Iterator[Document]:
+    """Modules of the Python standard library."""
+    for name, text in modules(folder)[0].items():
+        yield {"id": name, "text": text}
+
+
+def chat(folder: Path) -> Iterator[Document]:
+    """Conversations of every kind that ``conversations`` makes."""
+    pages = read(folder, "python_doc")
+    kinds = (
+        conversations.questions(pages),
+        conversations.definitions(pages),
+        conversations.references(pages, REFERENCE_MODULES),
+        conversations.functions(modules(folder)[1]),
+        conversations.passages(chapters(folder)[1]),
+    )
+    for kind in kinds:
+        for name, messages in kind:
+            if all(message["content"] for message in messages):
+                yield {"id": name, "messages": messages}
 
 
 def write(path: Path, documents: Iterator[Document]) -> None:
@@ -65,7 +127,7 @@ def write(path: Path, documents: Iterator[Document]) -> None:
 
 
 def main() -> None:
-    """Writes the three texts."""
+    """Writes all texts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("corpora", type=Path)
     default = Path(__file__).resolve().parent.parent / "calibration"
@@ -73,7 +135,8 @@ def main() -> None:
     given = parser.parse_args()
     (given.output / "piqa").mkdir(parents=True, exist_ok=True)
     write(given.output / "heldout.jsonl", heldout(given.corpora))
-    write(given.output / "calibration.jsonl", calibration(given.corpora))
+    for made in (prose, code, chat):
+        write(given.output / f"{made.__name__}.jsonl", made(given.corpora))
     shutil.copyfile(given.corpora / "piqa.jsonl", given.output / "piqa" / "piqa.jsonl")
 
 

@@ -98,4 +98,5 @@ def leading_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The ``<bos>`` that the tokenizer puts before every text, or None if it puts none."""
     ids = tokenizer("a", verbose=False)["input_ids"]
     first: int | None = tokenizer.bos_token_id
-    return first if first is not None and ids[0] == first else None
+    # A tokenizer may make nothing at all of a text.
+    return first if first is not None and ids[:1] == [first] else None

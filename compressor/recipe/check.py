@@ -1,22 +1,24 @@
-"""A settled tree -> a ``Recipe``; pydantic's findings become faults at the places of the file."""
+"""A settled tree -> a ``Recipe`` or a section; pydantic's findings become faults at places of the file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from compressor.errors import RecipeError
 from compressor.recipe.faults import did_you_mean
 from compressor.recipe.merge import plain
-from compressor.recipe.model import RESERVED, Recipe, Section
+from compressor.recipe.model import RESERVED, Recipe
+from compressor.recipe.section import Section
 from compressor.recipe.tree import Entry, Fields, Items, Leaf
 from compressor.schemes import known_schemes
 from compressor.solvers import known_solvers
 
 Path = tuple[str | int, ...]
+S = TypeVar("S", bound=Section)
 
 _WANTED = {
     "model_type": "must be a map of keys",
@@ -31,16 +33,16 @@ _WANTED = {
 }
 
 
-def build(root: Fields, faults: list[RecipeError]) -> Recipe | None:
-    """The recipe, or None after appending what is wrong with it to ``faults``.
+def build(root: Fields, faults: list[RecipeError], model: type[S]) -> S | None:
+    """The tree as a ``model``, or None after appending what is wrong with it to ``faults``.
 
     A fault at a place that already has one is left out: it is the first one's echo.
     """
     try:
-        return Recipe.model_validate(plain(root))
+        return model.model_validate(plain(root))
     except ValidationError as error:
         known = {fault.where for fault in faults}
-        found = [_translated(root, path, detail) for path, detail in _details(error, ())]
+        found = [_translated(root, model, path, detail) for path, detail in _details(error, ())]
         faults.extend(fault for fault in found if fault.where not in known)
         return None
 
@@ -57,12 +59,12 @@ def _details(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mappin
             yield path + tuple(context.get("below", ())), detail
 
 
-def _translated(root: Fields, path: Path, detail: Mapping[str, Any]) -> RecipeError:
+def _translated(root: Fields, model: type[Section], path: Path, detail: Mapping[str, Any]) -> RecipeError:
     entry, rest = _follow(root, path)
     dotted = ".".join(map(str, path))
     sort = detail["type"]
     if sort == "extra_forbidden":
-        return _unknown_key(root, path, entry.where)
+        return _unknown_key(root, model, path, entry.where)
     if sort == "missing":
         return RecipeError(f"key {dotted!r} is missing", where=entry.where)
     where = entry.node.where if isinstance(entry.node, Leaf) and not rest else entry.where
@@ -81,12 +83,12 @@ def _wanted(detail: Mapping[str, Any]) -> str:
     return _WANTED.get(detail["type"], message)
 
 
-def _unknown_key(root: Fields, path: Path, where: str) -> RecipeError:
-    reserved = RESERVED.get(tuple(map(str, path)))
+def _unknown_key(root: Fields, model: type[Section], path: Path, where: str) -> RecipeError:
+    reserved = RESERVED.get(tuple(map(str, path))) if model is Recipe else None
     if reserved is not None:
         what = f"{reserved} is not available in this version ({version('compressor')})"
         return RecipeError(what, where=where, fix="remove it")
-    known = [*_known_keys(root, path[:-1]), *(["extends"] if len(path) == 1 else [])]
+    known = [*_known_keys(root, model, path[:-1]), *(["extends"] if len(path) == 1 else [])]
     what = f"unknown key {'.'.join(map(str, path))!r}"
     return RecipeError(what, where=where, fix=did_you_mean(str(path[-1]), known))
 
@@ -114,9 +116,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:80] + "..."
 
 
-def _known_keys(root: Fields, above: Path) -> Iterable[str]:
+def _known_keys(root: Fields, section: type[Section], above: Path) -> Iterable[str]:
     """The keys that the map at ``above`` may have."""
-    section: type[Section] = Recipe
     for depth, step in enumerate(above, start=1):
         if step in ("scheme", "solver"):
             kinds: Mapping[str, type[BaseModel]] = known_schemes() if step == "scheme" else known_solvers()

@@ -68,7 +68,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         place = shown(file)
         named = Entry(Leaf(_slug(file.stem), place), place)
         root = Fields({**root.entries, "name": named}, root.where)
-    recipe = build(root, faults)
+    recipe = build(root, faults, Recipe)
     if recipe is None or faults:
         raise RecipeFaults(faults)
     return LoadedRecipe(recipe, file, dict(_places(root, "")))

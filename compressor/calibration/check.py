@@ -1,0 +1,101 @@
+"""What can be known of calibration texts before any model is loaded."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import re
+from pathlib import Path
+
+from compressor.calibration.formats import is_json_lines
+from compressor.calibration.spec import CalibrationSpec, DatasetSpec
+from compressor.errors import UserError
+from compressor.workspace import file_sha256
+
+_CHUNK_BYTES = 8 << 20
+
+
+def text_sha256(path: Path) -> str:
+    """Hex sha256 of a text, which is read through once.
+
+    Raises:
+        UserError: it is no ordinary file, of a format that is not read, empty, unreadable or not UTF-8.
+    """
+    if not path.is_file():
+        raise UserError("the calibration text is not a file", where=str(path))
+    is_json_lines(path)  # refuses other formats
+    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                decoder.decode(chunk)
+                position += len(chunk)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        # Counted from what the decoder had held back of the chunk before.
+        begin = position - (len(error.object) - len(chunk))
+        raise UserError(f"not UTF-8 text (byte {begin + error.start})", where=str(path)) from error
+    except OSError as error:
+        raise UserError(f"the text cannot be read: {error.strerror}", where=str(path)) from error
+    if position == 0:
+        raise UserError("the calibration text is empty", where=str(path))
+    return digest.hexdigest()
+
+
+def check_calibration(
+    spec: CalibrationSpec, evaluation_text: Path | None, longest: int | None
+) -> list[UserError]:
+    """What is wrong with a calibration whose files were found.
+
+    Args:
+        spec: of ``compressor.recipe.mixtures.calibration_spec``.
+        evaluation_text: what source and result are measured on, which must be another text.
+        longest: the model's positions, if they are known.
+
+    Returns:
+        Faults; their places are keys of the recipe.
+    """
+    faults = []
+    if longest is not None and spec.sequence_length > longest:
+        faults.append(
+            UserError(
+                f"rows of {spec.sequence_length} tokens are longer than the model's context of {longest}",
+                where="calibration.sequence_length",
+                fix=f"set it to {longest} at most",
+            )
+        )
+    held_out = file_sha256(evaluation_text) if evaluation_text is not None else None
+    for index, (dataset, share) in enumerate(zip(spec.datasets, spec.shares, strict=True)):
+        where = f"calibration.datasets.{index}" if spec.mixture is None else str(spec.mixture)
+        if dataset.sha256 is not None and dataset.sha256 == held_out:
+            faults.append(
+                UserError(
+                    f"{dataset.name} is the evaluation text: a model fitted to it measures nothing there",
+                    where=where,
+                    fix="calibrate on another text",
+                )
+            )
+        # Of whole rows, and without ``order()``, which takes seconds for a million of them.
+        rows = int(round(share * spec.num_samples, 9))
+        faults += _too_small(dataset, rows * spec.sequence_length, where)
+    return faults
+
+
+def calibration_warnings(spec: CalibrationSpec) -> list[str]:
+    """What a user should know before the run."""
+    return [
+        f"calibration: {dataset.name} is not pinned to a commit: {dataset.revision} may change"
+        for dataset in spec.datasets
+        if dataset.revision is not None and not re.fullmatch(r"[0-9a-f]{40}", dataset.revision)
+    ]
+
+
+def _too_small(dataset: DatasetSpec, tokens: int, where: str) -> list[UserError]:
+    """A fault where a file has not even half a byte for each token; the tokenizer counts exactly, later."""
+    if dataset.path is None or tokens <= 2 * (size := dataset.path.stat().st_size):
+        return []
+    what = f"{dataset.name} has {size:,} bytes; its share of the calibration is {tokens:,} tokens"
+    fix = "lower num_samples or sequence_length, or name more text"
+    return [UserError(what, where=where, fix=fix)]
