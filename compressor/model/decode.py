@@ -21,7 +21,7 @@ from compressor.spec import LinearPart
 if TYPE_CHECKING:
     import torch
     from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
 # A source tensor and the matrices that lie inside it, as a family's ``Role.parts`` says.
 FusedTensor = tuple[str, Sequence[LinearPart]]
@@ -128,7 +128,7 @@ class StoredWeights:
             return modelopt.to_compressed_tensors(self.algorithm(module), found)
 
     def parts(self, module: str) -> tuple[str, ...]:
-        """The full names of the tensors that make up a quantized module's weight.
+        """The full names of the tensors that make up a quantized module, scales of its inputs included.
 
         Raises:
             CheckpointError: as ``scheme``.
@@ -137,7 +137,8 @@ class StoredWeights:
             local = modelopt.local_names(self.algorithm(module))
         else:
             scheme = self.scheme(module)
-            local = tuple(_compressor(scheme, module).compression_param_names(scheme))
+            weight = tuple(_compressor(scheme, module).compression_param_names(scheme))
+            local = (*weight, *static_input_names(scheme.input_activations))
         return tuple(f"{module}.{name}" for name in local)
 
     def algorithm(self, module: str) -> modelopt.Algorithm:
@@ -177,6 +178,13 @@ class StoredWeights:
             raise CheckpointError(
                 f"quantization_config is not compressed-tensors': {reason}", where=self._where
             ) from error
+
+
+def static_input_names(activations: QuantizationArgs | None) -> tuple[str, ...]:
+    """The scales of activations that a module must hold, by compressed-tensors' local names."""
+    if activations is None or activations.dynamic is True:
+        return ()
+    return ("input_global_scale",) if activations.strategy == "tensor_group" else ("input_scale",)
 
 
 def fused_tensors(source: Source | None) -> list[FusedTensor]:

@@ -36,7 +36,7 @@ def extract(tensor: torch.Tensor, part: LinearPart) -> torch.Tensor:
         tensor: the whole source tensor, or the 2-D slice of ``part.expert`` where it was read alone.
         part: where the matrix lies.
     """
-    return _view(tensor, part).contiguous()
+    return part_view(tensor, part).contiguous()
 
 
 def insert(matrices: Iterable[tuple[LinearPart, torch.Tensor]], shape: tuple[int, ...]) -> torch.Tensor:
@@ -54,15 +54,15 @@ def insert(matrices: Iterable[tuple[LinearPart, torch.Tensor]], shape: tuple[int
         if tensor is None:
             tensor = torch.empty(shape, dtype=matrix_OI.dtype)
         assert tensor.dtype == matrix_OI.dtype, "the parts of one tensor have one dtype"
-        _view(tensor, part).copy_(matrix_OI)
+        part_view(tensor, part).copy_(matrix_OI)
         filled += matrix_OI.numel()
     assert tensor is not None, "a tensor has at least one part"
     assert filled == tensor.numel(), f"the parts fill {filled} of {tensor.numel()} elements"
     return tensor
 
 
-def _view(tensor: torch.Tensor, part: LinearPart) -> torch.Tensor:
-    """The part as a view ``[O, I]`` into ``tensor``."""
+def part_view(tensor: torch.Tensor, part: LinearPart) -> torch.Tensor:
+    """The part as a view ``[O, I]`` into ``tensor``, laid out as the source's (or one expert of that)."""
     if part.expert is not None and tensor.ndim == 3:
         tensor = tensor[part.expert]
     assert tensor.ndim == 2, f"{part.module}: expected a matrix, not {tuple(tensor.shape)}"

@@ -95,9 +95,24 @@ def fp8_block(out: int, wide: int) -> Made:
     return {"weight": codes_OI, "weight_scale": scale}, codes_OI.double() * full
 
 
+def nvfp4_inputs(out: int, wide: int) -> Made:
+    """NVFP4 with a divisor for the inputs as well."""
+    tensors, weight_OI = nvfp4(out, wide)
+    return tensors | {"input_global_scale": torch.tensor([64.0])}, weight_OI
+
+
+def fp8_static(out: int, wide: int) -> Made:
+    """One scale, and one for the inputs."""
+    codes_OI = (torch.randn(out, wide) * 60).to(torch.float8_e4m3fn)
+    scale = torch.tensor([0.0015])
+    tensors = {"weight": codes_OI, "weight_scale": scale, "input_scale": torch.tensor([0.0625])}
+    return tensors, codes_OI.double() * scale.double()
+
+
 # compressed_tensors' preset -> what makes one matrix of it.
 FORMATS: dict[str, Callable[[int, int], Made]] = {
     "NVFP4A16": nvfp4,
+    "NVFP4": nvfp4_inputs,
     "MXFP4A16": mxfp4,
     "W4A16": lambda out, wide: int4(out, wide, symmetric=True),
     "W4A16_ASYM": lambda out, wide: int4(out, wide, symmetric=False),
@@ -105,6 +120,7 @@ FORMATS: dict[str, Callable[[int, int], Made]] = {
     "W8A8": int8,
     "FP8_DYNAMIC": fp8,
     "FP8_BLOCK": fp8_block,
+    "FP8": fp8_static,
 }
 
 

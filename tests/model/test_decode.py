@@ -22,7 +22,7 @@ from tests.tiny import tiny_llama, tiny_llama4
 # reciprocal, which costs a rounding in fp32 more.
 BF16 = 2.0**-8
 FP32 = 2.0**-22
-IN_BOTH = ["NVFP4A16", "FP8_DYNAMIC", "FP8_BLOCK"]
+IN_BOTH = ["NVFP4A16", "NVFP4", "FP8_DYNAMIC", "FP8_BLOCK", "FP8"]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 

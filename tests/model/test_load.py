@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from compressor.checkpoint.folder import FolderSource
 from compressor.checkpoint.gguf import GgufSource
 from compressor.errors import CheckpointError
+from compressor.model.decode import StoredWeights
 from compressor.model.families.llama4 import Llama4Family
 from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer, set_dtype
 from compressor.model.quiet import quiet
+from compressor.schemes import parse_scheme
 from tests.checkpoint.tiny_gguf import tiny_gguf
 from tests.model.compressed import FORMATS, compress_folder, fp8, nvfp4, write_quantization_config
 from tests.tiny import tiny_llama, tiny_llama4
@@ -24,7 +26,7 @@ from tests.tiny import tiny_llama, tiny_llama4
 # compressed-tensors decodes 4-bit floats to bfloat16: 8 significant bits.
 BF16 = 2.0**-8
 FP32 = 2.0**-22
-ACTIVATIONS = {"W8A8", "FP8_DYNAMIC", "FP8_BLOCK"}
+ACTIVATIONS = {"NVFP4", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "FP8"}
 
 
 @pytest.mark.parametrize("preset", FORMATS)
@@ -58,6 +60,20 @@ def test_dynamic_activations_are_quantized_in_forward(preset: str, largest: floa
     expected = codes * scale_BT1 @ layer.weight.T
     torch.testing.assert_close(layer(x_BTI), expected, rtol=1e-5, atol=1e-5)
     assert (layer(x_BTI) - x_BTI @ layer.weight.T).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("preset", "kind"), [("NVFP4", "nvfp4"), ("FP8", "fp8_static")])
+def test_stored_scales_of_activations_are_used_in_forward(preset: str, kind: str, tmp_path: Path) -> None:
+    """A linear layer computes with its input rounded as the scheme says."""
+    source = tiny_llama(tmp_path / "source", hidden=64)
+    compress_folder(source, tmp_path / "result", preset)
+    name = "model.layers.0.self_attn.q_proj"
+    layer = load_checkpoint_model(tmp_path / "result", torch.float32).model.get_submodule(name)
+    stored = StoredWeights(tmp_path / "result").local(name)
+    x_NI = torch.randn(5, 64)
+    expected = parse_scheme(kind).round_inputs(x_NI, stored) @ layer.weight.T
+    torch.testing.assert_close(layer(x_NI[None])[0], expected, rtol=1e-5, atol=1e-5)
+    assert (expected - x_NI @ layer.weight.T).abs().max() > 1e-3
 
 
 def _experts(source: Path) -> list[tuple[str, Any]]:

@@ -16,9 +16,18 @@ from compressor.model.families.ends import embedding_problem, tied
 from compressor.model.families.generic import GenericFamily
 from compressor.model.families.llama import LlamaFamily
 from compressor.model.families.llama4 import Llama4Family
-from compressor.model.families.naming import member_rows, text_config
+from compressor.model.families.naming import block_index, member_rows, text_config
 
-__all__ = ["BUILTINS", "embedding_problem", "families", "family_for", "member_rows", "text_config", "tied"]
+__all__ = [
+    "BUILTINS",
+    "block_index",
+    "embedding_problem",
+    "families",
+    "family_for",
+    "member_rows",
+    "text_config",
+    "tied",
+]
 
 ENTRY_POINT_GROUP = "compressor.families"
 
