@@ -33,13 +33,13 @@ def search_nvfp4(u_N16: torch.Tensor, h_C16: torch.Tensor) -> torch.Tensor:
         u_N16: fp32, weights times the tensor-level scale.
         h_C16: fp32 importance of the C blocks of one row; block n has ``h_C16[n % C]``.
     """
-    if not _compiled(u_N16):
+    if not compiled(u_N16):
         return nvfp4_search.search_codes(u_N16, h_C16)
     from compressor.kernels.nvfp4_search_cpu import search
 
     codes_N = torch.empty(len(u_N16), dtype=torch.uint8)
-    u, h, codes, ladder = _array(u_N16), _array(h_C16), _array(codes_N), _array(e4m3_ladder())
-    _in_threads(lambda part: search(u[part], h, ladder, codes[part]), len(u), u.size, multiple=len(h))
+    u, h, codes, ladder = as_array(u_N16), as_array(h_C16), as_array(codes_N), as_array(e4m3_ladder())
+    in_threads(lambda part: search(u[part], h, ladder, codes[part]), len(u), u.size, multiple=len(h))
     return codes_N
 
 
@@ -47,49 +47,53 @@ def best_candidate(
     w_NG: torch.Tensor, h_CG: torch.Tensor, scale_NK: torch.Tensor, zero_NK: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
     """int64 [N]: the best candidate of each group; arguments as ``numerics.scale_search.best_candidate``."""
-    if not _compiled(w_NG):
+    if not compiled(w_NG):
         return scale_search.best_candidate(w_NG, h_CG, scale_NK, zero_NK, grid)
     from compressor.kernels.scale_search_cpu import kernel
 
     search, low, high = kernel(grid.kind), np.float32(grid.low), np.float32(grid.high)
     best_N = torch.empty(len(w_NG), dtype=torch.int64)
-    w, h, best = _array(w_NG), _array(h_CG), _array(best_N)
-    scale, zero = _array(scale_NK), _array(zero_NK)
+    w, h, best = as_array(w_NG), as_array(h_CG), as_array(best_N)
+    scale, zero = as_array(scale_NK), as_array(zero_NK)
 
     def work(part: slice) -> None:
         search(w[part], h, scale[part], zero[part], low, high, best[part])
 
-    _in_threads(work, len(w), w.size, multiple=len(h))
+    in_threads(work, len(w), w.size, multiple=len(h))
     return best_N
 
 
 def encode(w_NG: torch.Tensor, scale_N: torch.Tensor, zero_N: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Codes [N, G]; arguments as ``Grid.encode``."""
-    if not _compiled(w_NG):
+    if not compiled(w_NG):
         return grid.encode(w_NG, scale_N, zero_N)
     from compressor.kernels.grid_codes_cpu import encoder
 
     encode_groups, low, high = encoder(grid.kind), np.float32(grid.low), np.float32(grid.high)
     codes_NG = torch.empty(w_NG.shape, dtype=torch.int8 if grid.kind == "int" else torch.uint8)
-    w, scale, zero, codes = _array(w_NG), _array(scale_N), _array(zero_N), _array(codes_NG)
+    w, scale, zero, codes = as_array(w_NG), as_array(scale_N), as_array(zero_N), as_array(codes_NG)
 
     def work(part: slice) -> None:
         encode_groups(w[part], scale[part], zero[part], low, high, codes[part])
 
-    _in_threads(work, len(w), w.size)
+    in_threads(work, len(w), w.size)
     return codes_NG.view(grid.dtype)
 
 
 def decode(codes_NG: torch.Tensor, scale_N: torch.Tensor, zero_N: torch.Tensor, grid: Grid) -> torch.Tensor:
     """fp32 [N, G]; arguments as ``Grid.decode``."""
-    if not _compiled(codes_NG):
+    if not compiled(codes_NG):
         return grid.decode(codes_NG, scale_N, zero_N)
     from compressor.kernels.grid_codes_cpu import decode_codes
 
     weight_NG = torch.empty(codes_NG.shape)
-    codes, weight, table = _array(codes_NG.view(torch.uint8)), _array(weight_NG), _array(grid.byte_values())
-    scale, zero = _array(scale_N), _array(zero_N)
-    _in_threads(
+    codes, weight, table = (
+        as_array(codes_NG.view(torch.uint8)),
+        as_array(weight_NG),
+        as_array(grid.byte_values()),
+    )
+    scale, zero = as_array(scale_N), as_array(zero_N)
+    in_threads(
         lambda part: decode_codes(codes[part], table, scale[part], zero[part], weight[part]),
         len(codes),
         codes.size,
@@ -97,11 +101,13 @@ def decode(codes_NG: torch.Tensor, scale_N: torch.Tensor, zero_N: torch.Tensor, 
     return weight_NG
 
 
-def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The tensor's memory, or a copy's if it is not contiguous."""
     return tensor.contiguous().numpy()
 
 
-def _compiled(values: torch.Tensor) -> bool:
+def compiled(values: torch.Tensor) -> bool:
+    """Whether the compiled functions can take this tensor."""
     return values.device.type == "cpu" and _has_numba()
 
 
@@ -113,7 +119,7 @@ def _has_numba() -> bool:
     return True
 
 
-def _in_threads(work: Callable[[slice], None], length: int, values: int, *, multiple: int = 1) -> None:
+def in_threads(work: Callable[[slice], None], length: int, values: int, *, multiple: int = 1) -> None:
     """Runs ``work`` on equal ranges of ``length``, each starting at a multiple, in torch's threads."""
     threads = max(min(torch.get_num_threads(), values // MIN_VALUES_PER_THREAD), 1)
     step = -(-length // (threads * multiple)) * multiple

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.schemes.base import Scheme
+    from compressor.solvers.statistics import Moments
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,20 @@ class Solved:
         tensors: local name -> stored tensor, as ``scheme.outputs`` lists them.
         squared_error: sum over the matrix of (decoded - weight)^2, fp64.
         squared_norm: sum of weight^2, fp64; the relative error is squared_error / squared_norm.
+        used: kind of the solver that chose the values: "rtn" where another one did no better.
+        output_error: squared error of the matrix's output on the calibration text, beyond that of the real
+            weights that the solver rounded, over the squared norm of that output; None without calibration.
+        rtn_output_error: the same of plain round-to-nearest with searched scales.
+        note: why another solver was used than asked for, as a sentence part, or None.
     """
 
     tensors: dict[str, torch.Tensor]
     squared_error: float
     squared_norm: float
+    used: str = "rtn"
+    output_error: float | None = None
+    rtn_output_error: float | None = None
+    note: str | None = None
 
 
 class Solver(BaseModel):
@@ -59,3 +69,25 @@ class Solver(BaseModel):
             CheckpointError: a weight is NaN or infinite.
         """
         raise NotImplementedError
+
+    def solve_heard(
+        self,
+        weights_OI: Sequence[torch.Tensor],
+        scheme: Scheme,
+        moments: Moments,
+        importance_I: torch.Tensor | None = None,
+    ) -> list[Solved]:
+        """As ``solve``, given what calibration measured of the inputs that the matrices share.
+
+        A solver that needs no calibration leaves ``moments`` aside.
+        """
+        return self.solve(weights_OI, scheme, importance_I)
+
+    def solve_groups(
+        self,
+        groups: Sequence[tuple[Sequence[torch.Tensor], Moments]],
+        scheme: Scheme,
+        importance_I: torch.Tensor | None = None,
+    ) -> list[list[Solved]]:
+        """``solve_heard`` of several groups with moments of their own, such as experts; perhaps at once."""
+        return [self.solve_heard(weights_OI, scheme, moments, importance_I) for weights_OI, moments in groups]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from compressor.errors import CheckpointError
 from compressor.schemes.base import Search
 from compressor.solvers.base import Solved, Solver
 
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
 
 _SEARCHED_BYTES_PER_S = 25e6
 _MINMAX_BYTES_PER_S = 100e6
-
-
-# Values whose squares are summed at once: a cacheful, in one thread.
-SQUARES_VALUES = 1 << 15
 
 
 class Rtn(Solver):
@@ -57,10 +52,12 @@ class Rtn(Solver):
         """See ``Solver.solve``."""
         import torch
 
+        from compressor.solvers.measure import check_finite, squares
+
         # An fp64 weight may be larger than fp32 holds: that shows as not finite.
         narrow = [w.float() if w.dtype == torch.float64 else w for w in weights_OI]
         for weight_OI in narrow:
-            _check_finite(weight_OI)
+            check_finite(weight_OI)
         if self.importance == "none":
             importance_I = None
         fitted = scheme.fit(narrow, search=self.search, importance_I=importance_I)
@@ -68,30 +65,5 @@ class Rtn(Solver):
         for weight_OI, scales in zip(narrow, fitted, strict=True):
             tensors = scheme.encode(weight_OI, scales)
             decoded_OI = scheme.decode(tensors, *weight_OI.shape)
-            solved.append(Solved(tensors, *_squares(weight_OI, decoded_OI)))
+            solved.append(Solved(tensors, *squares(weight_OI, decoded_OI)))
         return solved
-
-
-def _check_finite(weight_OI: torch.Tensor) -> None:
-    low, high = (float(bound) for bound in weight_OI.aminmax())
-    if low - low == 0.0 and high - high == 0.0:
-        return
-    count = int((~weight_OI.isfinite()).sum())
-    raise CheckpointError(
-        f"the tensor has {count:,} non-finite values (NaN or infinite)",
-        fix="the source is damaged or was saved wrongly: fetch it again, or leave the tensor in 16 bit",
-    )
-
-
-def _squares(weight_OI: torch.Tensor, decoded_OI: torch.Tensor) -> tuple[float, float]:
-    """Sums of (decoded - weight)^2 and of weight^2 in fp64, a cacheful of rows at a time."""
-    import torch
-
-    error = norm = 0.0
-    step = max(SQUARES_VALUES // weight_OI.shape[1], 1)
-    for start in range(0, weight_OI.shape[0], step):
-        weight = weight_OI[start : start + step].double().flatten()
-        miss = decoded_OI[start : start + step].double().flatten() - weight
-        norm += float(torch.dot(weight, weight))
-        error += float(torch.dot(miss, miss))
-    return error, norm
