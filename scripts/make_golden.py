@@ -46,10 +46,11 @@ def main() -> None:
 
 
 def library_tensors(weight: torch.Tensor, described: QuantizationScheme) -> dict[str, torch.Tensor]:
-    """What the library stores, with scales of the range."""
+    """What the library stores of the weight, with scales of the range."""
     module = initialize_quantized_linear(weight, described, "cpu")
     calibrate_weight(module)
     state = {name: parameter.data for name, parameter in module.named_parameters()}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("input_")}
     stored_dtype = state["weight_scale"].dtype
     state["weight"], state["weight_scale"] = state["weight"].float(), state["weight_scale"].float()
     stored = BaseCompressor.get_value_from_registry(CompressionFormat(described.format).value).compress(

@@ -1,8 +1,9 @@
 """ModelOpt's unified Hugging Face export: its algorithms and its tensors, as compressed-tensors knows them.
 
 As NVIDIA/Model-Optimizer@0.47.0 writes it, modelopt/torch/export/quant_utils.py: the algorithm is named by
-``get_quantization_format``, the scales are made by ``get_weight_scaling_factor`` and
-``get_weight_scaling_factor_2``. A local tensor is named within its module: ``weight``, ``weight_scale``.
+``get_quantization_format``, the scales are made by ``get_weight_scaling_factor``,
+``get_weight_scaling_factor_2`` and ``get_activation_scaling_factor``. A local tensor is named within its
+module: ``weight``, ``weight_scale``.
 
 Legend: O out_features, I in_features, R blocks of rows, C blocks of columns.
 """
@@ -41,6 +42,16 @@ class Algorithm:
     format: str
     group_size: int | None = None
 
+    @property
+    def nvfp4(self) -> bool:
+        """Whether weights are NVFP4."""
+        return self.group_size is not None
+
+    @property
+    def static_inputs(self) -> bool:
+        """Whether a scale of the inputs is stored."""
+        return self.preset in ("NVFP4", "FP8")
+
     def ct_scheme(self, targets: list[str]) -> QuantizationScheme:
         """The compressed-tensors description of modules so stored."""
         from compressed_tensors.config import CompressionFormat
@@ -53,6 +64,8 @@ class Algorithm:
 
 ALGORITHMS = (
     Algorithm("W4A16_NVFP4", "NVFP4A16", "nvfp4-pack-quantized", 16),
+    Algorithm("NVFP4", "NVFP4", "nvfp4-pack-quantized", 16),
+    Algorithm("FP8", "FP8", "float-quantized"),
     Algorithm("FP8_PER_CHANNEL_PER_TOKEN", "FP8_DYNAMIC", "float-quantized"),
     # In lower case: ModelOpt's process_layer_quant_config has no public name for it. Readers fold the case.
     Algorithm("fp8_pb_wo", "FP8_BLOCK", "float-quantized"),
@@ -69,35 +82,41 @@ def algorithm_for(preset: str) -> Algorithm | None:
 def modelopt_headers(algorithm: Algorithm, headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
     """Local name -> header in ModelOpt's dialect, from those in compressed-tensors' (as ``to_modelopt``)."""
     scale = headers["weight_scale"]
-    if algorithm.preset == "NVFP4A16":
-        packed, divisor = headers["weight_packed"], headers["weight_global_scale"]
-        return {
-            "weight": packed,
+    if algorithm.nvfp4:
+        divisor = headers["weight_global_scale"]
+        found = {
+            "weight": headers["weight_packed"],
             "weight_scale": scale,
             "weight_scale_2": TensorHeader(divisor.name, "F32", ()),
         }
-    rows, columns = scale.shape
-    shape = (rows, 1, columns, 1) if algorithm.preset == "FP8_BLOCK" else (rows,)
-    return {"weight": headers["weight"], "weight_scale": TensorHeader(scale.name, "F32", shape)}
+    else:
+        shape = _scale_shape(algorithm, scale.shape)
+        found = {"weight": headers["weight"], "weight_scale": TensorHeader(scale.name, "F32", shape)}
+    if algorithm.static_inputs:
+        found["input_scale"] = TensorHeader(headers[_input_name(algorithm)].name, "F32", ())
+    return found
 
 
 def to_modelopt(algorithm: Algorithm, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """ModelOpt's local tensors from those of compressed-tensors; codes and block scales keep their bits.
 
     NVFP4: ``weight_scale_2`` fp32 [] = 1 / ``weight_global_scale``, the number that engines make of the
-    latter themselves (vllm@0.32.0 compressed_tensors_w4a4_nvfp4.py). FP8: scales become fp32, [O] or
-    [R, 1, C, 1]; from 16 bit that is exact.
+    latter themselves (vllm@0.32.0 compressed_tensors_w4a4_nvfp4.py), and ``input_scale`` likewise of
+    ``input_global_scale``. FP8: scales become fp32, [O], [R, 1, C, 1] or []; from 16 bit that is exact.
     """
     scale = tensors["weight_scale"]
-    if algorithm.preset == "NVFP4A16":
-        return {
+    if algorithm.nvfp4:
+        spelled = {
             "weight": tensors["weight_packed"],
             "weight_scale": scale,
             "weight_scale_2": tensors["weight_global_scale"].float().reciprocal().reshape(()),
         }
-    wide = scale.float()
-    wide = wide[:, None, :, None] if algorithm.preset == "FP8_BLOCK" else wide.flatten()
-    return {"weight": tensors["weight"], "weight_scale": wide}
+    else:
+        wide = scale.float().reshape(_scale_shape(algorithm, tuple(scale.shape)))
+        spelled = {"weight": tensors["weight"], "weight_scale": wide}
+    if algorithm.static_inputs:
+        spelled["input_scale"] = _turned(algorithm, tensors[_input_name(algorithm)]).reshape(())
+    return spelled
 
 
 def to_compressed_tensors(
@@ -106,27 +125,53 @@ def to_compressed_tensors(
     """compressed-tensors' local tensors from ModelOpt's: the inverse of ``to_modelopt``, scales in fp32.
 
     A ``weight_global_scale`` comes back exactly where it is a power of two, as the full search takes it, else
-    to within the rounding of its reciprocal. ModelOpt writes the scale of a matrix that is one block without
-    dimensions.
+    to within the rounding of its reciprocal; so does an ``input_global_scale``. ModelOpt writes the scale of
+    a matrix that is one block without dimensions.
     """
     codes, scale = tensors["weight"], tensors["weight_scale"]
-    if algorithm.preset == "NVFP4A16":
-        return {
+    if algorithm.nvfp4:
+        found = {
             "weight_packed": codes,
             "weight_scale": scale,
             # Of one element, not of none: the library would compute in the scale's 16 bit.
             "weight_global_scale": tensors["weight_scale_2"].float().reciprocal().reshape(1),
         }
-    rows, columns = codes.shape
-    block = algorithm.preset == "FP8_BLOCK"
-    shape = (-(-rows // _FP8_BLOCK), -(-columns // _FP8_BLOCK)) if block else (rows, 1)
-    return {"weight": codes, "weight_scale": scale.reshape(shape)}
+    else:
+        rows, columns = codes.shape
+        shapes = {
+            "FP8_BLOCK": (-(-rows // _FP8_BLOCK), -(-columns // _FP8_BLOCK)),
+            "FP8_DYNAMIC": (rows, 1),
+            "FP8": (1,),
+        }
+        found = {"weight": codes, "weight_scale": scale.reshape(shapes[algorithm.preset])}
+    if algorithm.static_inputs:
+        found[_input_name(algorithm)] = _turned(algorithm, tensors["input_scale"]).reshape(1)
+    return found
 
 
 def local_names(algorithm: Algorithm) -> tuple[str, ...]:
     """The local tensors of a module so stored, in ModelOpt's dialect."""
-    extra = ("weight_scale_2",) if algorithm.preset == "NVFP4A16" else ()
-    return ("weight", "weight_scale", *extra)
+    second = ("weight_scale_2",) if algorithm.nvfp4 else ()
+    inputs = ("input_scale",) if algorithm.static_inputs else ()
+    return ("weight", "weight_scale", *second, *inputs)
+
+
+def _input_name(algorithm: Algorithm) -> str:
+    """The scale of the inputs, as compressed-tensors names it."""
+    return "input_global_scale" if algorithm.nvfp4 else "input_scale"
+
+
+def _turned(algorithm: Algorithm, scale: torch.Tensor) -> torch.Tensor:
+    """A scale of inputs in the other dialect: NVFP4's is a divisor in one and a factor in the other."""
+    return scale.float().reciprocal() if algorithm.nvfp4 else scale.float()
+
+
+def _scale_shape(algorithm: Algorithm, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """ModelOpt's shape of FP8 scales that compressed-tensors stores in ``shape``."""
+    if algorithm.preset == "FP8_BLOCK":
+        rows, columns = shape
+        return rows, 1, columns, 1
+    return () if algorithm.preset == "FP8" else (shape[0],)
 
 
 class Description:

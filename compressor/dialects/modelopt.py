@@ -29,6 +29,17 @@ if TYPE_CHECKING:
     import torch
 
 _FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+_FP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+# How convert_hf_config.py describes an algorithm; where one is all there is, only those of ``_TOLD``.
+_GROUPS = {
+    "W4A16_NVFP4": {"weights": _FP4},
+    "NVFP4": {"input_activations": _FP4, "weights": _FP4},
+    "FP8": {"input_activations": _FP8, "weights": _FP8},
+    "FP8_PER_CHANNEL_PER_TOKEN": {"input_activations": _FP8, "weights": _FP8 | {"strategy": "channel"}},
+}
+_TOLD = ("W4A16_NVFP4", "NVFP4", "FP8")
+# One scale a row or block of an expert: not what vLLM reads there.
+_NOT_FOR_EXPERTS = ("FP8_DYNAMIC", "FP8_BLOCK")
 _EXPERTS = ".experts."
 
 
@@ -45,7 +56,10 @@ class ModelOpt(Dialect):
         return f"{scheme.label} has no form in ModelOpt's dialect, which holds {known}"
 
     def outputs(self, scheme: Scheme, part: LinearPart, *, dtype: str) -> tuple[TensorHeader, ...]:
-        """``weight``, ``weight_scale`` and for NVFP4 ``weight_scale_2``; see ``modelopt_headers``."""
+        """``weight``, ``weight_scale``, for NVFP4 ``weight_scale_2``, and ``input_scale`` where it is static.
+
+        See ``checkpoint.modelopt.modelopt_headers``.
+        """
         prefix = f"{part.module}."
         theirs = scheme.outputs(part.module, part.out_features, part.in_features, dtype=dtype)
         local = {header.name.removeprefix(prefix): header for header in theirs}
@@ -79,7 +93,7 @@ class ModelOpt(Dialect):
         labels = sorted(
             scheme.label
             for scheme, names in modules.by_scheme.items()
-            if scheme.label != "NVFP4A16" and any(_EXPERTS in name for name in names)
+            if scheme.label in _NOT_FOR_EXPERTS and any(_EXPERTS in name for name in names)
         )
         if not labels:
             return []
@@ -163,15 +177,14 @@ def _inline(quantization: Mapping[str, Any]) -> dict[str, Any]:
             for index, (name, names) in enumerate(targets.items())
         }
         inline["quantized_layers"] = layers
-    elif quantization["quant_algo"] == "W4A16_NVFP4":
-        inline["config_groups"] = {"group_0": _group("W4A16_NVFP4") | {"targets": ["Linear"]}}
+    elif quantization["quant_algo"] in _TOLD:
+        inline["config_groups"] = {"group_0": _group(quantization["quant_algo"]) | {"targets": ["Linear"]}}
     return inline | {"ignore": quantization["exclude_modules"], "quant_algo": quantization["quant_algo"]}
 
 
 def _group(name: str) -> dict[str, Any]:
     """``_quant_algo_to_group_config``; it has none for FP8 by blocks."""
-    if name == "W4A16_NVFP4":
-        return {"weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}}
-    if name == "FP8_PER_CHANNEL_PER_TOKEN":
-        return {"input_activations": dict(_FP8), "weights": _FP8 | {"strategy": "channel"}}
-    return {"quant_algo": name}
+    described = _GROUPS.get(name)
+    if described is None:
+        return {"quant_algo": name}
+    return {part: dict(values) for part, values in described.items()}

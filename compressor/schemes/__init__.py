@@ -12,15 +12,22 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, SerializeAsAny
 
 from compressor.schemes.base import Kinds, Scheme
-from compressor.schemes.fp8 import Fp8Block, Fp8Dynamic
+from compressor.schemes.fp8 import Fp8Block, Fp8Dynamic, Fp8Static
 from compressor.schemes.int4 import Int4
 from compressor.schemes.int8 import Int8
 from compressor.schemes.mxfp4 import Mxfp4
-from compressor.schemes.nvfp4 import Nvfp4A16
+from compressor.schemes.nvfp4 import Nvfp4, Nvfp4A16
 
-BUILTIN_SCHEMES: tuple[type[Scheme], ...] = (Nvfp4A16, Mxfp4, Fp8Dynamic, Fp8Block, Int4, Int8)
-
-_CALIBRATED = "needs calibration, not available in this version; use {}"
+BUILTIN_SCHEMES: tuple[type[Scheme], ...] = (
+    Nvfp4A16,
+    Nvfp4,
+    Mxfp4,
+    Fp8Dynamic,
+    Fp8Block,
+    Fp8Static,
+    Int4,
+    Int8,
+)
 
 _SCHEMES: Kinds[Scheme] = Kinds(
     "scheme",
@@ -28,12 +35,10 @@ _SCHEMES: Kinds[Scheme] = Kinds(
     base=Scheme,
     builtins=BUILTIN_SCHEMES,
     refused={
-        "nvfp4": _CALIBRATED.format("nvfp4a16"),
-        "nvfp4a4": _CALIBRATED.format("nvfp4a16"),
-        "w4a4": _CALIBRATED.format("nvfp4a16"),
-        "fp8": _CALIBRATED.format("fp8_dynamic"),
-        "fp8_static": _CALIBRATED.format("fp8_dynamic"),
-        "int8_static": _CALIBRATED.format("{kind: int8, activations: dynamic}"),
+        "nvfp4a4": "is spelt nvfp4",
+        "w4a4": "is spelt nvfp4",
+        "fp8": "is spelt fp8_dynamic, or fp8_static with scales of activations that calibration measures",
+        "int8_static": "is not written here; use {kind: int8, activations: dynamic}",
         "mxfp4a16": "is spelt mxfp4",
         "w4a16": "is spelt int4",
         "w4a16_asym": "is spelt {kind: int4, symmetric: false}",

@@ -17,12 +17,15 @@ from compressor.schemes.kinds import Kinds
 from compressor.spec import TensorHeader
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from compressed_tensors.quantization import QuantizationScheme
 
-__all__ = ["Kinds", "Scales", "Scheme", "Search", "indivisible"]
+    from compressor.numerics.input_ranges import InputRange
+    from compressor.numerics.lattice import Lattice
+
+__all__ = ["FreeScales", "Kinds", "Scales", "Scheme", "Search", "indivisible"]
 
 Search = Literal["full", "minmax"]
 
@@ -57,6 +60,28 @@ class Scales:
     global_scale: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class FreeScales:
+    """A stored matrix taken apart: its codes, and the scales that may change while the codes stay.
+
+    In fp32 the weight is the unit times its group's scale (over ``divisor``, where there is one), the same
+    number that ``decode`` gives.
+
+    Attributes:
+        units_OI: fp32, the value of each code less its zero point.
+        scale_BC: as stored, in any floating dtype.
+        group: rows and columns that share a scale; the last rows of groups may be missing.
+        divisor: fp32 [1], the tensor-level scale, which stays; or None.
+        local: local name of the stored scales.
+    """
+
+    units_OI: torch.Tensor
+    scale_BC: torch.Tensor
+    group: tuple[int, int]
+    divisor: torch.Tensor | None = None
+    local: str = "weight_scale"
+
+
 class Scheme(BaseModel):
     """Base of all weight schemes; a frozen pydantic model so that it is also the recipe's spelling of it."""
 
@@ -73,6 +98,16 @@ class Scheme(BaseModel):
     def shares_tensor_scale(self) -> bool:
         """Whether parts of one fuse group must share a tensor-level scale."""
         return False
+
+    @property
+    def static_inputs(self) -> bool:
+        """Whether a scale of the matrix's inputs is stored, which calibration must measure."""
+        return False
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether engines round the matrix's inputs as they compute."""
+        return self.ct_scheme([]).input_activations is not None
 
     def problem(self, out_features: int, in_features: int, *, fused: bool) -> str | None:
         """Why a matrix of this shape cannot be stored so (a sentence with a suggestion), or None.
@@ -111,6 +146,8 @@ class Scheme(BaseModel):
     def encode(self, weight_OI: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
         """Local name (``weight_packed``, ``weight_scale``...) -> stored tensor, as ``outputs`` lists them.
 
+        Those of ``input_tensors`` are not among them.
+
         Byte-for-byte what ``compressed_tensors``' compressor of the same format makes of the same scales.
         """
         raise NotImplementedError
@@ -118,6 +155,51 @@ class Scheme(BaseModel):
     def decode(self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int) -> torch.Tensor:
         """fp32 [O, I]: the weight that an engine computes with, from ``encode``'s tensors."""
         raise NotImplementedError
+
+    def free_scales(
+        self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int
+    ) -> FreeScales | None:
+        """``encode``'s tensors as codes and scales; None where scales are powers of two, or one a tensor."""
+        return None
+
+    def lattice(self, scales: Scales, out_features: int, in_features: int) -> Lattice:
+        """The values that a matrix of this shape can take under ``scales``.
+
+        ``encode`` stores a matrix of such values as it is: what ``decode`` gives are the same numbers, up to
+        the rounding of one fp32 product.
+        """
+        raise NotImplementedError
+
+    def near(self, scales: Scales, in_features: int) -> list[Scales]:
+        """``scales`` and others that every group by itself may take instead, nearest first.
+
+        Only ``scales`` where groups are whole rows or span several: there is little to gain.
+        """
+        return [scales]
+
+    def input_tensors(self, heard: InputRange) -> dict[str, torch.Tensor]:
+        """Local name -> stored tensor, on the CPU, from what calibration heard of the matrix's inputs.
+
+        Matrices that read the same input get the same; engines keep one scale for all experts of a layer
+        that do so, the widest: give them the merged range.
+
+        Raises:
+            CheckpointError: nothing was heard, or values that no model has.
+        """
+        return {}
+
+    def round_inputs(self, x_NI: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What engines make of the matrix's inputs: of the same shape and dtype, computed in fp32.
+
+        ``tensors``: the matrix's stored ones; only those of ``input_tensors`` are looked at. The inputs
+        themselves where engines leave them alone.
+        """
+        activations = self.ct_scheme([]).input_activations
+        if activations is None:
+            return x_NI
+        from compressor.schemes.inputs import round_rows
+
+        return round_rows(x_NI, activations, tensors)
 
     def options(self) -> dict[str, Any]:
         """The fields that differ from the defaults, for tables."""

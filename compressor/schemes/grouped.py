@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compressor.schemes.base import Scales, Scheme, Search
+from compressor.schemes.base import FreeScales, Scales, Scheme, Search
 
 if TYPE_CHECKING:
     import torch
 
     from compressor.numerics.grids import Grid
+    from compressor.numerics.lattice import Lattice
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,15 @@ class GroupedScheme(Scheme):
     def _ratios(self) -> Ratios:
         """Which scales the full search tries."""
         raise NotImplementedError
+
+    @property
+    def _scales_are_free(self) -> bool:
+        """Whether groups have scales of their own that can be any floating-point number."""
+        return True
+
+    def _near_ratios(self) -> tuple[float, ...]:
+        """Scales that a group may take instead of its own, relative to it; none if groups are large."""
+        return ()
 
     def _store(self, codes_OI: torch.Tensor) -> torch.Tensor:
         """Codes of the grid -> as stored, rows kept."""
@@ -132,3 +142,49 @@ class GroupedScheme(Scheme):
             zero = None if zero_BC is None else zero_BC[part]
             weight_OI[chunk] = decode_rows(codes_OI, scale_BC[part], zero, (rows, columns), self._grid())
         return weight_OI
+
+    def free_scales(
+        self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int
+    ) -> FreeScales | None:
+        """See ``Scheme.free_scales``."""
+        import torch
+
+        if not self._scales_are_free:
+            return None
+        scale_BC = tensors["weight_scale"]
+        units_OI = self.decode(
+            tensors | {"weight_scale": torch.ones_like(scale_BC)}, out_features, in_features
+        )
+        return FreeScales(units_OI, scale_BC, self._group(in_features))
+
+    def lattice(self, scales: Scales, out_features: int, in_features: int) -> Lattice:
+        """See ``Scheme.lattice``."""
+        import torch
+
+        from compressor.numerics.lattice import Lattice
+
+        rows = self._group(in_features)[0]
+        scale_OC = scales.scale.float().repeat_interleave(rows, dim=0)[:out_features]
+        zero_OC = torch.zeros_like(scale_OC) if scales.zero_point is None else scales.zero_point.float()
+        return Lattice(self._grid(), scale_OC, zero_OC)
+
+    def near(self, scales: Scales, in_features: int) -> list[Scales]:
+        """See ``Scheme.near``."""
+        stored = [_times(scales.scale, ratio) for ratio in (1.0, *self._near_ratios())]
+        if scales.zero_point is None:
+            return [Scales(scale) for scale in stored]
+        low, high = self._grid().low, self._grid().high
+        shifted = [(scales.zero_point + step).clamp(low, high) for step in (-1, 1)]
+        return [Scales(scale, scales.zero_point) for scale in stored] + [
+            Scales(scales.scale, zero) for zero in shifted
+        ]
+
+
+def _times(scale_BC: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The scales times ``ratio`` as stored; those that would leave the range of normal numbers stay."""
+    import torch
+
+    info = torch.finfo(scale_BC.dtype)
+    scaled_BC = scale_BC.float() * ratio
+    kept_BC = (scaled_BC >= info.tiny) & (scaled_BC <= info.max)
+    return torch.where(kept_BC, scaled_BC.to(scale_BC.dtype), scale_BC)

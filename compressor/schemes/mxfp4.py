@@ -72,6 +72,13 @@ class Mxfp4(GroupedScheme):
     def _ratios(self) -> Ratios:
         return Ratios((0.5, 2.0))
 
+    @property
+    def _scales_are_free(self) -> bool:
+        return False
+
+    def _near_ratios(self) -> tuple[float, ...]:
+        return 0.5, 2.0
+
     def _store(self, codes_OI: torch.Tensor) -> torch.Tensor:
         from compressor.numerics.fp4 import pack_nibbles
 

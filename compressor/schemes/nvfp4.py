@@ -1,4 +1,4 @@
-"""NVFP4A16: E2M1 weights in blocks of 16, an E4M3 scale a block, an fp32 scale for the whole tensor.
+"""NVFP4: E2M1 values in blocks of 16, an E4M3 scale a block, an fp32 scale for the whole tensor.
 
 Stored as compressed_tensors@0.19 compressors/nvfp4/base.py: the scale of a block is its E4M3 value divided by
 ``weight_global_scale``. Legend: O out_features, I in_features, C = I / 16 blocks in a row, N blocks.
@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from compressor.schemes.base import Scales, Scheme, Search, indivisible
+from compressor.schemes.base import FreeScales, Scales, Scheme, Search, indivisible
 from compressor.spec import TensorHeader
 
 if TYPE_CHECKING:
     import torch
     from compressed_tensors.quantization import QuantizationScheme
 
+    from compressor.numerics.input_ranges import InputRange
+    from compressor.numerics.lattice import Lattice
+
 BLOCK = 16
+# How many E4M3 codes away the scales are that ``near`` gives: one code is 6 to 13 percent.
+NEAR_STEPS = (-1, 1, -2, 2)
 
 
 class Nvfp4A16(Scheme):
@@ -49,7 +54,7 @@ class Nvfp4A16(Scheme):
         )
 
     def ct_scheme(self, targets: list[str]) -> QuantizationScheme:
-        """The library's preset NVFP4A16."""
+        """The library's preset of the same name."""
         from compressed_tensors.config import CompressionFormat
         from compressed_tensors.quantization import preset_name_to_scheme
 
@@ -107,3 +112,75 @@ class Nvfp4A16(Scheme):
             codes_OI = unpack_nibbles(packed[rows])
             weight_OI[rows] = decode_rows(codes_OI, scale_OC[rows], None, (1, BLOCK), E2M1)
         return weight_OI
+
+    def free_scales(
+        self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int
+    ) -> FreeScales | None:
+        """See ``Scheme.free_scales``: the E4M3 scales; the tensor-level one stays."""
+        import torch
+
+        scale_OC, shared = tensors["weight_scale"], tensors["weight_global_scale"]
+        ones = {"weight_scale": torch.ones_like(scale_OC, dtype=torch.float32)}
+        ones["weight_global_scale"] = torch.ones_like(shared)
+        units_OI = self.decode(tensors | ones, out_features, in_features)
+        return FreeScales(units_OI, scale_OC, (1, BLOCK), divisor=shared)
+
+    def lattice(self, scales: Scales, out_features: int, in_features: int) -> Lattice:
+        """See ``Scheme.lattice``."""
+        import torch
+
+        from compressor.numerics.grids import E2M1
+        from compressor.numerics.lattice import Lattice
+
+        assert scales.global_scale is not None, "NVFP4 scales come with a tensor-level scale"
+        scale_OC = scales.scale.float() / scales.global_scale
+        return Lattice(E2M1, scale_OC, torch.zeros_like(scale_OC))
+
+    def near(self, scales: Scales, in_features: int) -> list[Scales]:
+        """See ``Scheme.near``: the neighbouring E4M3 codes."""
+        import torch
+
+        from compressor.numerics.fp8 import E4M3_CODES, e4m3_ladder, to_e4m3
+
+        ladder = e4m3_ladder(scales.scale.device)
+        codes_OC = to_e4m3(scales.scale.float()).view(torch.uint8).to(torch.int32)
+        steps = [ladder[(codes_OC + step).clamp(1, E4M3_CODES)] for step in NEAR_STEPS]
+        return [scales, *(Scales(scale_OC, global_scale=scales.global_scale) for scale_OC in steps)]
+
+
+class Nvfp4(Nvfp4A16):
+    """NVFP4 weights and inputs: engines round blocks of 16 inputs under a tensor-level scale that is stored.
+
+    The scale is a divisor as the weights' is: a block's E4M3 scale is its largest value / 6 times it. vLLM
+    0.32 keeps the widest range of a MoE layer's experts (fused_moe/oracle/nvfp4.py), but the *narrowest* of
+    linear layers that it fuses (compressed_tensors_w4a4_nvfp4.py): these read the same input and must be
+    given the same range.
+    """
+
+    kind: Literal["nvfp4"] = "nvfp4"  # type: ignore[assignment]
+
+    @property
+    def label(self) -> str:
+        """See ``Scheme.label``."""
+        return "NVFP4"
+
+    @property
+    def static_inputs(self) -> bool:
+        """See ``Scheme.static_inputs``."""
+        return True
+
+    def outputs(
+        self, module: str, out_features: int, in_features: int, *, dtype: str = "BF16"
+    ) -> tuple[TensorHeader, ...]:
+        """As NVFP4A16, and ``input_global_scale`` F32 [1]."""
+        weight = super().outputs(module, out_features, in_features, dtype=dtype)
+        return (*weight, TensorHeader(f"{module}.input_global_scale", "F32", (1,)))
+
+    def input_tensors(self, heard: InputRange) -> dict[str, torch.Tensor]:
+        """See ``Scheme.input_tensors``; a power of two."""
+        import torch
+
+        from compressor.numerics.input_ranges import best_nvfp4_scale
+        from compressor.schemes.inputs import checked
+
+        return {"input_global_scale": torch.tensor([best_nvfp4_scale(checked(heard))])}

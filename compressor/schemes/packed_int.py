@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from compressor.schemes.base import Scales
 
 GroupSize = Literal[128, 64, 32]
+# Of two 4-bit scales less than about 1/32 apart, neither is worth a trial beside the other.
+NEAR_RATIOS = (0.97, 1.03, 0.94, 1.06)
 GROUP_SIZES: tuple[GroupSize, ...] = (128, 64, 32)
 
 
@@ -41,6 +43,9 @@ class PackedInt(GroupedScheme):
 
     def _group(self, in_features: int) -> tuple[int, int]:
         return 1, self.group_size or in_features
+
+    def _near_ratios(self) -> tuple[float, ...]:
+        return NEAR_RATIOS if self.group_size and self._bits == 4 else ()
 
     def _grid(self) -> Grid:
         from compressor.numerics.grids import INT4, INT8

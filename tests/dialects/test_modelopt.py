@@ -14,22 +14,27 @@ import pytest
 import torch
 
 from compressor.checkpoint.folder import FolderSource
+from compressor.checkpoint.modelopt import algorithm_for, to_compressed_tensors
 from compressor.checkpoint.safetensors_file import safetensors_dtype
 from compressor.dialects import DIALECTS
 from compressor.dialects.base import Modules
 from compressor.dialects.modelopt import exclude_modules
 from compressor.model.families import family_for
+from compressor.numerics.input_ranges import RangeSums
 from compressor.planner.claims import claim_tensors
 from compressor.recipe.model import WeightsSection
 from compressor.schemes import BUILTIN_SCHEMES, parse_scheme
+from compressor.schemes.base import Scheme
 from compressor.spec import LinearPart
 from compressor.stages.modules import modules_of
 from tests.tiny import tiny_llama, tiny_llama4
 
 MODELOPT = DIALECTS["modelopt"]
-KINDS = ["nvfp4a16", "fp8_dynamic", "fp8_block"]
+KINDS = ["nvfp4a16", "nvfp4", "fp8_dynamic", "fp8_block", "fp8_static"]
 ENDS = ["lm_head", "model.embed_tokens"]
-NVFP4_GROUP = {"weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}}
+FLOAT4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+FLOAT8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+NVFP4_GROUP = {"weights": FLOAT4}
 
 
 def _describe(folder: Path, weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -55,6 +60,26 @@ def _describe(folder: Path, weights: dict[str, Any]) -> tuple[dict[str, Any], di
             "nvfp4a16",
             {"quant_algo": "W4A16_NVFP4", "group_size": 16},
             {"config_groups": {"group_0": NVFP4_GROUP | {"targets": ["Linear"]}}},
+        ),
+        # NVFP4_DEFAULT_CFG
+        (
+            "nvfp4",
+            {"quant_algo": "NVFP4", "group_size": 16},
+            {
+                "config_groups": {
+                    "group_0": {"input_activations": FLOAT4, "weights": FLOAT4, "targets": ["Linear"]}
+                }
+            },
+        ),
+        # FP8_DEFAULT_CFG
+        (
+            "fp8_static",
+            {"quant_algo": "FP8"},
+            {
+                "config_groups": {
+                    "group_0": {"input_activations": FLOAT8, "weights": FLOAT8, "targets": ["Linear"]}
+                }
+            },
         ),
         # FP8_PER_CHANNEL_PER_TOKEN_CFG
         ("fp8_dynamic", {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, {}),
@@ -127,14 +152,13 @@ def test_a_mixture_names_each_module(tmp_path: Path) -> None:
         "quantized_layers": layers,
         "exclude_modules": excluded,
     }
-    float8 = {"dynamic": False, "num_bits": 8, "type": "float"}
     groups = config.pop("config_groups")
     assert sorted(groups.values(), key=lambda group: str(group["targets"])) == [
         NVFP4_GROUP | {"targets": [f"{layer}.mlp.down_proj"]},
         {"quant_algo": "fp8_pb_wo", "targets": [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"]},
         {
-            "input_activations": float8,
-            "weights": float8 | {"strategy": "channel"},
+            "input_activations": FLOAT8,
+            "weights": FLOAT8 | {"strategy": "channel"},
             "targets": attention,
         },
     ]
@@ -163,9 +187,39 @@ def test_what_it_cannot_hold_it_says(cls: Any) -> None:
         assert problem is None
     else:
         assert problem == (
-            f"{scheme.label} has no form in ModelOpt's dialect, which holds NVFP4A16, FP8_DYNAMIC, FP8_BLOCK"
+            f"{scheme.label} has no form in ModelOpt's dialect, which holds "
+            "NVFP4A16, NVFP4, FP8, FP8_DYNAMIC, FP8_BLOCK"
         )
     assert DIALECTS["compressed-tensors"].problem(scheme) is None
+
+
+def _input_tensors(scheme: Scheme) -> dict[str, torch.Tensor]:
+    heard = RangeSums(128, "cpu")
+    heard.add(torch.randn(32, 128, generator=torch.Generator().manual_seed(0)))
+    return scheme.input_tensors(heard.result())
+
+
+def test_input_scales_are_the_engines_factors() -> None:
+    """amax / (448 * 6) for NVFP4, where compressed-tensors has the divisor; for FP8 both have the factor.
+
+    And back again to the same bits.
+    """
+    for kind, local in (("nvfp4", "input_global_scale"), ("fp8_static", "input_scale")):
+        scheme = parse_scheme(kind)
+        weight_OI = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+        (scales,) = scheme.fit([weight_OI], search="full")
+        ours = scheme.encode(weight_OI, scales) | _input_tensors(scheme)
+        theirs = MODELOPT.spell(scheme, ours)
+        factor = float(ours[local]) if kind == "fp8_static" else 1 / float(ours[local])
+        assert theirs["input_scale"].shape == ()
+        assert float(theirs["input_scale"]) == factor
+        algorithm = algorithm_for(scheme.label)
+        assert algorithm is not None
+        back = to_compressed_tensors(algorithm, theirs)
+        assert back.keys() == ours.keys()
+        for name, tensor in ours.items():
+            assert back[name].shape == tensor.shape
+            assert torch.equal(back[name].float(), tensor.float()), name
 
 
 @pytest.mark.parametrize("name", DIALECTS)
@@ -175,7 +229,7 @@ def test_what_is_claimed_is_what_is_spelled(kind: str, name: Any) -> None:
     dialect, scheme = DIALECTS[name], parse_scheme(kind)
     weight_OI = torch.randn(64, 128).bfloat16()
     (scales,) = scheme.fit([weight_OI], search="minmax")
-    spelled = dialect.spell(scheme, scheme.encode(weight_OI, scales))
+    spelled = dialect.spell(scheme, scheme.encode(weight_OI, scales) | _input_tensors(scheme))
     claimed = dialect.outputs(scheme, LinearPart("a.b", 64, 128), dtype="BF16")
     assert {(header.name, header.dtype, header.shape) for header in claimed} == {
         (f"a.b.{local}", safetensors_dtype(tensor.dtype), tuple(tensor.shape))
@@ -189,6 +243,7 @@ def test_fp8_experts_come_with_a_warning() -> None:
     fp8 = Modules({parse_scheme("fp8_block"): expert, parse_scheme("nvfp4a16"): ["m.q_proj"]}, [])
     (warning,) = MODELOPT.warnings(fp8)
     assert "cannot serve experts of FP8_BLOCK in" in warning
-    assert MODELOPT.warnings(Modules({parse_scheme("nvfp4a16"): expert}, [])) == []
+    for kind in ("nvfp4a16", "nvfp4", "fp8_static"):
+        assert MODELOPT.warnings(Modules({parse_scheme(kind): expert}, [])) == []
     assert MODELOPT.warnings(Modules({parse_scheme("fp8_block"): ["m.q_proj"]}, [])) == []
     assert DIALECTS["compressed-tensors"].warnings(fp8) == []

@@ -9,10 +9,12 @@ from compressor.schemes.base import Scheme
 
 SPELLINGS: list[dict[str, object]] = [
     {"kind": "nvfp4a16"},
+    {"kind": "nvfp4"},
     {"kind": "mxfp4"},
     {"kind": "mxfp4", "activations": "dynamic"},
     {"kind": "fp8_dynamic"},
     {"kind": "fp8_block"},
+    {"kind": "fp8_static"},
     *(
         {"kind": "int4", "group_size": size, "symmetric": sym}
         for size in (128, 64, 32)

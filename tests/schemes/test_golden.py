@@ -12,6 +12,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors import safe_open
 
+from compressor.numerics.input_ranges import RangeSums
 from compressor.schemes.base import Scales, Scheme, Search
 from compressor.schemes.nvfp4 import Nvfp4A16
 from tests.schemes.cases import LABELS, SCHEMES, applicable, matrices
@@ -83,7 +84,10 @@ def test_outputs_are_what_is_written(scheme: Scheme, name: str) -> None:
     weight = matrices()[name]
     dtype = SAFETENSORS_DTYPES[weight.dtype]
     planned = scheme.outputs("m", weight.shape[0], weight.shape[1], dtype=dtype)
+    heard = RangeSums(weight.shape[1], "cpu")
+    heard.add(weight)
     written = scheme.encode(weight, scheme.fit([weight], search="minmax")[0])
+    written |= scheme.input_tensors(heard.result())
     assert {header.name: (TORCH_DTYPES[header.dtype], header.shape) for header in planned} == {
         f"m.{local}": (tensor.dtype, tuple(tensor.shape)) for local, tensor in written.items()
     }

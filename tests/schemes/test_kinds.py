@@ -78,12 +78,12 @@ def test_options() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("nvfp4a61", "did you mean 'nvfp4a16'? (known: nvfp4a16, mxfp4, fp8_dynamic, fp8_block, int4, int8)"),
+        ("nvfp4a61", "did you mean 'nvfp4a16'? (known: nvfp4a16, nvfp4, mxfp4, fp8_dynamic, fp8_block, fp8_"),
         ("zzz", r"unknown scheme 'zzz' (known: nvfp4a16,"),
-        ("nvfp4", "scheme 'nvfp4' needs calibration, not available in this version; use nvfp4a16"),
-        ("NVFP4", "needs calibration, not available in this version; use nvfp4a16"),
-        ("fp8_static", "needs calibration, not available in this version; use fp8_dynamic"),
-        ("FP8", "use fp8_dynamic"),
+        ("NVFP4", "unknown scheme 'NVFP4'; did you mean 'nvfp4'?"),
+        ("W4A4", "is spelt nvfp4"),
+        ("FP8", "is spelt fp8_dynamic, or fp8_static"),
+        ("int8_static", "use {kind: int8, activations: dynamic}"),
         ("W4A16", "is spelt int4"),
         ({"group_size": 64}, "needs the key 'kind'"),
         ({"kind": 4}, "needs the key 'kind'"),
@@ -101,8 +101,8 @@ def test_faults(value: Any, message: str) -> None:
 
 def test_solver_faults() -> None:
     """Calibrated solvers are named as such."""
-    with pytest.raises(ValueError, match=r"solver 'gptq' needs calibration.*use rtn"):
-        parse_solver("gptq")
+    with pytest.raises(ValueError, match=r"solver 'awq' needs calibration.*use rtn"):
+        parse_solver("awq")
     with pytest.raises(ValueError, match=r"unknown solver 'rnt'; did you mean 'rtn'\?"):
         parse_solver("rnt")
 

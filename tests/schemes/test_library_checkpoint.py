@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from llmcompressor import model_free_ptq
+from compressed_tensors.quantization import QuantizationScheme
+from datasets import Dataset
+from llmcompressor import model_free_ptq, oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor.schemes.base import Scheme
 from tests.schemes.cases import LABELS, SCHEMES
@@ -40,14 +44,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _quantized_by_library(scheme: Scheme, source: Path, folder: Path) -> Written:
-    model_free_ptq(
-        source,
-        folder,
-        scheme=scheme.ct_scheme(["Linear"]),
-        ignore=["lm_head", "re:.*embed_tokens$"],
-        device="cpu",
-        max_workers=1,
-    )
+    described = scheme.ct_scheme(["Linear"])
+    if scheme.static_inputs:
+        _calibrate_by_library(described, source, folder)
+    else:
+        model_free_ptq(
+            source,
+            folder,
+            scheme=described,
+            ignore=["lm_head", "re:.*embed_tokens$"],
+            device="cpu",
+            max_workers=1,
+        )
     with safe_open(folder / "model.safetensors", "pt") as file:
         names = [name for name in file.keys() if "_proj." in name]  # noqa: SIM118 (no mapping)
         slices = {name: file.get_slice(name) for name in names}
@@ -56,6 +64,22 @@ def _quantized_by_library(scheme: Scheme, source: Path, folder: Path) -> Written
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()
     return Written(headers, tensors, group, config["format"])
+
+
+def _calibrate_by_library(described: QuantizationScheme, source: Path, folder: Path) -> None:
+    """One pass over 4 rows of 32 tokens."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    tokens = [list(range(start, start + 32)) for start in range(4)]
+    shown = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * 32} for row in tokens])
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(source),
+        dataset=shown,
+        num_calibration_samples=4,
+        max_seq_length=32,
+        recipe=QuantizationModifier(config_groups={"group_0": described}, ignore=["lm_head"]),
+    )
+    model.save_pretrained(folder, save_compressed=True)
 
 
 def _weights(source: Path) -> dict[str, torch.Tensor]:
@@ -72,6 +96,8 @@ def _weights(source: Path) -> dict[str, torch.Tensor]:
 def test_library_writes_the_same(scheme: Scheme, source: Path, tmp_path: Path) -> None:
     """Names, dtypes, shapes, the config's group and the min-max scales are the library's; so are the codes
     of the formats whose quotients it does not round to bf16 on the way.
+
+    But for fp8_static: its input scale is fp32 here as in engines, and fused matrices share their scale.
     """
     written = _quantized_by_library(scheme, source, tmp_path)
     weights = _weights(source)
@@ -80,11 +106,20 @@ def test_library_writes_the_same(scheme: Scheme, source: Path, tmp_path: Path) -
         for module, weight in weights.items()
         for header in scheme.outputs(f"model.layers.0.{module}", weight.shape[0], weight.shape[1])
     }
-    assert planned == written.headers
+    theirs_in_16_bit = {
+        name: (dtype, shape)
+        for name, (dtype, shape) in written.headers.items()
+        if name.endswith("input_scale")
+    }
+    assert all(header == ("BF16", (1,)) for header in theirs_in_16_bit.values())
+    assert planned == written.headers | dict.fromkeys(theirs_in_16_bit, ("F32", (1,)))
     described = scheme.ct_scheme(["Linear"]).model_dump(mode="json")
+    if scheme.static_inputs:  # calibration notes how it chose the weights' scales
+        assert written.group["weights"].pop("observer") == "memoryless_minmax"
+        described["weights"].pop("observer")
     assert described == written.group
     assert described["format"] == written.format
-    for modules in FUSED + ALONE:
+    for modules in ALONE if scheme.label == "FP8" else FUSED + ALONE:
         fitted = scheme.fit([weights[module] for module in modules], search="minmax")
         for module, scales in zip(modules, fitted, strict=True):
             for local, tensor in scheme.encode(weights[module], scales).items():

@@ -19,6 +19,7 @@ IGNORE = "leave the matrix in 16 bit with ignore"
             False,
             f"in_features 588 is not a multiple of 16, the block of NVFP4: {IGNORE}",
         ),
+        ("nvfp4", (64, 24), False, "in_features 24 is not a multiple of 16, the block of NVFP4"),
         ("mxfp4", (64, 48), False, "in_features 48 is not a multiple of 32, the group of MXFP4"),
         ("fp8_block", (100, 256), True, "out_features 100 is not a multiple of 128"),
         (
@@ -47,6 +48,7 @@ def test_problems(spelling: object, shape: tuple[int, int], fused: bool, expecte
     [
         ("nvfp4a16", (7, 16), True),
         ("fp8_dynamic", (7, 13), True),
+        ("fp8_static", (7, 13), True),
         ("fp8_block", (100, 256), False),
         ("fp8_block", (256, 256), True),
         ({"kind": "int4", "group_size": 32}, (7, 32), True),

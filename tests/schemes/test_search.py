@@ -56,7 +56,8 @@ def test_importance_is_what_is_minimised(scheme: Scheme) -> None:
     plain = scheme.fit([weight], search="full")[0]
     weighted = scheme.fit([weight], search="full", importance_I=importance)[0]
     bound = _error(scheme, weight, plain, importance)
-    coarse = scheme.label.startswith(("MXFP4", "FP8_BLOCK"))  # too few choices to gain for certain
+    # too few choices to gain for certain, or none
+    coarse = scheme.label.startswith(("MXFP4", "FP8_BLOCK")) or scheme.label == "FP8"
     assert _error(scheme, weight, weighted, importance) <= bound * (1 + 1e-6 if coarse else 0.999)
 
 
