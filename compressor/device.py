@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+_BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
+
 
 def pick_device() -> torch.device:
     """The first CUDA device where there is one, else the CPU."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def has_accelerator() -> bool:
+    """Whether ``pick_device()`` is an accelerator; imports torch only where the machine has a driver."""
+    return Path("/dev/nvidiactl").exists() and pick_device().type == "cuda"
 
 
 def device_name() -> str:
@@ -56,9 +63,34 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        able = torch.cpu.get_capabilities()
-        native = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+        native = bool(_cpu_flags() & _BF16_FLAGS)
     return torch.bfloat16 if native else torch.float32
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether ``fast_dtype(pick_device())`` is bfloat16; imports torch only where there is an accelerator."""
+    if has_accelerator():
+        import torch
+
+        return fast_dtype(pick_device()) == torch.bfloat16
+    return bool(_cpu_flags() & _BF16_FLAGS)
+
+
+def _cpu_flags() -> set[str]:
+    """Instruction sets as the kernel names them; empty where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return set(flags.partition(":")[2].split())
+
+
+def available_device_bytes() -> int:
+    """Free memory of the accelerator that ``pick_device()`` gives."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0])
 
 
 def available_memory_bytes() -> int:

@@ -22,15 +22,24 @@ from compressor.export import (
 )
 from compressor.meter import metered
 from compressor.model.load import check_known
+from compressor.planner.calibrated import walk_key
+from compressor.planner.oneshot import oneshot_key
 from compressor.planner.plan import Plan, stream_key
+from compressor.planner.polished import polish_key
 from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
+from compressor.recipe.mixtures import seen_from
 from compressor.recipe.model import Recipe
 from compressor.report.manifest import Manifest, write_manifest
 from compressor.report.model import Report, StageCost, load_report
 from compressor.stages.assemble import assemble
 from compressor.stages.evaluate import check_tokens, evaluate_stage, measure, reload
-from compressor.stages.stream import shard_receipts, stream
+from compressor.stages.oneshot import check_oneshot, oneshot_stage
+from compressor.stages.polish import polish_stage
+from compressor.stages.receipts import all_receipts
+from compressor.stages.stream import stream
+from compressor.stages.walk import walk_stage
+from compressor.stages.walked import WalkedTensors
 from compressor.summary import package_versions, summarize
 from compressor.workspace import file_sha256, stage_key
 
@@ -97,14 +106,26 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
                 return RunResult(done, load_report(done))
         _check_target(plan, recipe_yaml, stages[-1].key)
         check_known(plan.source.config, plan.source.label)
-        if plan.evaluation is not None and not plan.workspace.finished(stages[0].name, stages[0].key):
-            check_tokens(plan.source, plan.evaluation, plan.workspace)
+        if not plan.workspace.finished(stages[0].name, stages[0].key):
+            _check_early(plan)
         costs = []
         for stage in stages:
             if fresh:
                 plan.workspace.discard(stage.name, stage.key)
             costs.append(_resume_or_execute(plan, stage, progress))
         return _export(plan, recipe_yaml, stages, costs, progress)
+
+
+def _check_early(plan: Plan) -> None:
+    """Refuses, before hours are spent, a text that is too short and a model that cannot be walked."""
+    if plan.evaluation is not None:
+        check_tokens(plan.source, plan.evaluation, plan.workspace)
+    if plan.walk is not None:
+        from compressor.model.tape import check_walkable
+
+        check_walkable(plan.source)
+    if plan.oneshot is not None:
+        check_oneshot(plan.source, plan.claims)
 
 
 def evaluate_again(plan: Plan, progress: Progress) -> EvalResult:
@@ -117,12 +138,22 @@ def evaluate_again(plan: Plan, progress: Progress) -> EvalResult:
         raise UserError("the recipe switches evaluation off", where="evaluate")
     if not (plan.output / "config.json").is_file():
         raise UserError("no result to measure", where=str(plan.output), fix="run the recipe first")
-    result = reload(plan.output, plan.claims)
+    result = reload(plan.output, plan.source)
     return measure(plan.source, plan.output, result, plan.evaluation, progress)
 
 
 def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     space = plan.workspace
+    walk = plan.walk
+    zeroth = None if walk is None else walk_key(walk, plan.claims, plan.source.fingerprint)
+    found = None if zeroth is None else space.artefact("walk", zeroth)
+    polish = None
+    if plan.polish is not None and zeroth is not None:
+        polish = _polish(plan, zeroth, progress)
+        found = space.artefact(polish.name, polish.key)
+    oneshot = _oneshot(plan, progress)
+    if oneshot is not None:
+        found = space.artefact(oneshot.name, oneshot.key)
     first = stream_key(plan)
     second = stage_key("assemble", ASSEMBLE_VERSION, {}, [first])
     streamed, checkpoint = space.artefact("stream", first), space.artefact("assemble", second)
@@ -131,7 +162,8 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     third = stage_key("evaluate", EVALUATE_VERSION, measured, [second])
 
     def run_stream(folder: Path) -> Mapping[str, Any]:
-        return {"resumed": stream(plan.source, plan.shards, plan.dialect, folder, progress)}
+        walked = None if found is None else WalkedTensors(found)
+        return {"resumed": stream(plan.source, plan.shards, plan.dialect, folder, progress, walked)}
 
     def run_assemble(folder: Path) -> Mapping[str, Any]:
         assemble(plan.source, plan.shards, plan.dialect, streamed, folder)
@@ -140,11 +172,46 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     def run_evaluate(folder: Path) -> Mapping[str, Any]:
         return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress)
 
-    return [
+    stages = [
         _Stage("stream", first, run_stream),
         _Stage("assemble", second, run_assemble),
         _Stage("evaluate", third, run_evaluate),
     ]
+    if oneshot is not None:
+        return [oneshot, *stages]
+    if walk is None or zeroth is None:
+        return stages
+
+    def run_walk(folder: Path) -> Mapping[str, Any]:
+        return walk_stage(plan.source, plan.claims, walk.calibration, walk.walk, folder, progress)
+
+    walked = [_Stage("walk", zeroth, run_walk)]
+    return [*walked, *stages] if polish is None else [*walked, polish, *stages]
+
+
+def _oneshot(plan: Plan, progress: Progress) -> _Stage | None:
+    """The stage in the walk's place where llm-compressor chooses the values."""
+    oneshot = plan.oneshot
+    if oneshot is None:
+        return None
+
+    def run_oneshot(folder: Path) -> Mapping[str, Any]:
+        return oneshot_stage(plan.source, plan.claims, oneshot.calibration, folder, progress)
+
+    return _Stage("oneshot", oneshot_key(oneshot, plan.claims, plan.source.fingerprint), run_oneshot)
+
+
+def _polish(plan: Plan, walked: str, progress: Progress) -> _Stage:
+    """The stage after the walk, whose key is ``walked``."""
+    assert plan.polish is not None
+    assert plan.walk is not None
+    calibration, spec = plan.walk.calibration, plan.polish.spec
+
+    def run_polish(folder: Path) -> Mapping[str, Any]:
+        artefact = plan.workspace.artefact("walk", walked)
+        return polish_stage(plan.source, plan.claims, calibration, spec, artefact, folder, progress)
+
+    return _Stage("polish", polish_key(plan.polish, walked), run_polish)
 
 
 def _resume_or_execute(plan: Plan, stage: _Stage, progress: Progress) -> StageCost:
@@ -177,8 +244,20 @@ def _export(
     gates = check_gates(plan.gates, facts["gate_values"])
     passed = all(gate.passed for gate in gates)
     result_folder = plan.output if passed else failed_folder(plan.output)
+    shown = {stage.name: space.facts(stage.name, stage.key) for stage in stages}
+    calibrated = shown.get("walk") or shown.get("oneshot")
+    walked = calibrated["calibration"] if calibrated else None
+    if walked is not None and plan.polish is not None:
+        walked = walked | {"polish": shown["polish"]["polish"]}
     report = summarize(
-        plan, artefacts["stream"], artefacts["assemble"], facts["evaluation"], gates, costs, result_folder
+        plan,
+        artefacts["stream"],
+        artefacts["assemble"],
+        facts["evaluation"],
+        walked,
+        gates,
+        costs,
+        result_folder,
     )
     with export_folder(space, result_folder, artefacts["assemble"]) as folder:
         describe(folder, report, recipe_yaml)
@@ -208,12 +287,15 @@ def _seen_from(folder: Path, plan: Plan) -> Recipe:
     if recipe.evaluate is not None and spec is not None and given and not spec.text_is_shipped:
         moved = os.path.relpath(spec.text, folder)
         recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"text": moved})})
+    if plan.calibration is not None:
+        seen = seen_from(folder, recipe.calibration, plan.calibration)
+        recipe = recipe.model_copy(update={"calibration": seen})
     return recipe
 
 
 def _check_shards(plan: Plan, stages: list[_Stage], manifest: Manifest, streamed: Path) -> None:
     """Compares what is about to be exported with what was hashed when it was written."""
-    for name, receipt in zip(shard_names(len(plan.shards)), shard_receipts(streamed), strict=True):
+    for name, receipt in zip(shard_names(len(plan.shards)), all_receipts(streamed), strict=True):
         if manifest.files[name].sha256 != receipt["sha256"]:
             for stage in stages:
                 plan.workspace.discard(stage.name, stage.key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,12 @@ import psutil
 from compressor import device
 from compressor.budget.gates import GateVerdict
 from compressor.planner.plan import Plan
+from compressor.report.calibration import (
+    CalibratedMatrix,
+    CalibrationFacts,
+    CalibrationText,
+    PolishFacts,
+)
 from compressor.report.model import (
     Device,
     Divergence,
@@ -35,7 +41,7 @@ from compressor.report.model import (
 )
 from compressor.report.serve import serve_facts
 from compressor.stages.base import Claim
-from compressor.stages.stream import shard_receipts
+from compressor.stages.receipts import all_receipts
 from compressor.workspace import STAGE_FILE
 
 PACKAGES = (
@@ -59,13 +65,16 @@ def summarize(
     streamed: Path,
     checkpoint: Path,
     evaluation: Mapping[str, Any] | None,
+    walked: Mapping[str, Any] | None,
     gates: Sequence[GateVerdict],
     costs: Sequence[StageCost],
     output: Path,
 ) -> Report:
     """The report of a run, from the artefact folders of its stages.
 
-    ``output`` is where the checkpoint will be: below the current folder it is named relative to it.
+    ``walked``: what the walk was shown (``texts``: name -> tokens, ``samples``, ``sequence_length``,
+    ``seed``, ``dtype``, and ``polish`` if one followed), or None where none was needed. ``output`` is where
+    the checkpoint will be: below the current folder it is named relative to it.
     """
     prediction = plan.prediction
     schemes = _by_scheme(plan.claims)
@@ -108,6 +117,7 @@ def summarize(
         files={
             path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != STAGE_FILE
         },
+        calibration=_calibration(walked, streamed) if walked else None,
     )
 
 
@@ -212,9 +222,8 @@ def _kept(claims: Sequence[Claim]) -> tuple[Kept, ...]:
 def _weight_errors(streamed: Path) -> WeightFacts:
     """Errors from the shard receipts, by scheme."""
     grouped: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for receipt in shard_receipts(streamed):
-        for error in receipt["errors"]:
-            grouped[error["scheme"]].append(error)
+    for error in _part_errors(streamed):
+        grouped[error["scheme"]].append(error)
     found = {}
     for label, errors in grouped.items():
         ranked = sorted(
@@ -225,6 +234,48 @@ def _weight_errors(streamed: Path) -> WeightFacts:
         norm = sum(error["squared_norm"] for error in errors)
         found[label] = SchemeError(mean=squared / norm if norm else 0.0, worst=tuple(ranked[:_WORST]))
     return WeightFacts(relative_error=found)
+
+
+def _part_errors(streamed: Path) -> Iterator[Mapping[str, Any]]:
+    """``PartError`` of every stored matrix, as JSON."""
+    for receipt in all_receipts(streamed):
+        yield from receipt["errors"]
+
+
+def _calibration(walked: Mapping[str, Any], streamed: Path) -> CalibrationFacts:
+    """What the walk was shown, and the errors of the matrices that a solver fitted to it."""
+    return CalibrationFacts(
+        texts=tuple(CalibrationText(name=name, tokens=tokens) for name, tokens in walked["texts"].items()),
+        samples=walked["samples"],
+        sequence_length=walked["sequence_length"],
+        seed=walked["seed"],
+        dtype=walked["dtype"],
+        matrices=tuple(
+            CalibratedMatrix(
+                name=error["module"],
+                scheme=error["scheme"],
+                solver=error["solver"],
+                # Without a token there is no output to be wrong.
+                output_error=error["output_error"] if error["tokens"] else None,
+                rtn_output_error=error["rtn_output_error"] if error["tokens"] else None,
+                tokens=error["tokens"],
+                note=error["note"],
+            )
+            for error in _part_errors(streamed)
+            if _is_calibrated(error)
+        ),
+        polish=_polish(walked["polish"]) if "polish" in walked else None,
+        changed_16bit=tuple(walked.get("changed_16bit", ())),
+    )
+
+
+def _polish(facts: Mapping[str, Any]) -> PolishFacts:
+    return PolishFacts(**{**facts, "changed_16bit": tuple(facts["changed_16bit"])})
+
+
+def _is_calibrated(error: Mapping[str, Any]) -> bool:
+    """Whether a solver that needs data had the matrix, be it an expert that no token reached."""
+    return error["tokens"] is not None
 
 
 def _relative(error: Mapping[str, Any]) -> float:

@@ -45,6 +45,21 @@ def command(
         "rules": [dataclasses.asdict(row) for row in plan.rows],
         "shards": len(plan.shards),
         **dataclasses.asdict(plan.prediction),
+        "calibration": plan.walk
+        and {
+            "tokens": plan.walk.calibration.tokens,
+            "states_bytes": plan.walk.states_bytes,
+            **plan.walk.calibration.content,
+            **dataclasses.asdict(plan.walk.walk),
+        },
+        "oneshot": plan.oneshot
+        and {
+            "tokens": plan.oneshot.calibration.tokens,
+            **plan.oneshot.calibration.content,
+            "load_bytes": plan.oneshot.load_bytes,
+            "held_bytes": plan.oneshot.held_bytes,
+        },
+        "polish": plan.polish and dataclasses.asdict(plan.polish),
         "reload_rss_bytes": plan.reload_rss_bytes,
         "warnings": list(plan.warnings),
     }

@@ -8,7 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from compressor.calibration.spec import CalibrationSpec
+from compressor.planner.calibrated import WalkPlan
 from compressor.planner.plan import Plan
+from compressor.planner.polished import PolishPlan
 from compressor.planner.predict import Prediction
 
 
@@ -24,6 +27,12 @@ def print_plan(plan: Plan) -> None:
     console.print(_rules(plan))
     console.print(_sizes(plan.prediction))
     console.print(_serving(plan.prediction))
+    if plan.walk is not None:
+        console.print(Text(_shown(plan.walk.calibration) + _walked(plan.walk, plan.polish)))
+    if plan.oneshot is not None:
+        console.print(
+            Text(_shown(plan.oneshot.calibration) + "        by llm-compressor, the model in memory\n")
+        )
     measured = " and measure it" if plan.evaluation else ""
     console.print(
         f"output  {plan.output} ({len(plan.shards)} shard{'s' if len(plan.shards) > 1 else ''})\n"
@@ -35,6 +44,31 @@ def print_plan(plan: Plan) -> None:
     )
     for warning in plan.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _shown(calibration: CalibrationSpec) -> str:
+    """On what."""
+    names = ", ".join(dataset.name for dataset in calibration.datasets)
+    return (
+        f"calibrated on {calibration.tokens:,} tokens ({calibration.num_samples:,} sequences of "
+        f"{calibration.sequence_length:,}) of {names}\n"
+    )
+
+
+def _walked(walk: WalkPlan, polish: PolishPlan | None) -> str:
+    """And how."""
+    return (
+        f"        forward passes of {walk.walk.batch_tokens:,} tokens in {walk.walk.dtype}; hidden states, "
+        f"{_gb(walk.states_bytes)}, on the {walk.walk.states}\n{_polished(polish) if polish else ''}"
+    )
+
+
+def _polished(polish: PolishPlan) -> str:
+    spec, device = polish.spec, "GPU" if polish.device == "cuda" else "CPU"
+    return (
+        f"        then {spec.steps:,} steps of {spec.tokens:,} tokens to polish scales, norms and biases: "
+        f"about {_gb(polish.held_bytes)} and {_time(polish.time_s)} on the {device}\n"
+    )
 
 
 def _rules(plan: Plan) -> Table:

@@ -79,6 +79,7 @@ def claim_tensors(
     faults += _dialect_faults(claims, dialect)
     faults += _shape_faults(claims, config)
     faults += _split_fusions(claims)
+    faults += _split_solvers(claims)
     faults += _name_clashes(claims)
     if not any(claim.action == "quantize" for claim in claims) and not faults:
         faults.append(UserError("the rules leave nothing to quantize", where="weights"))
@@ -238,6 +239,27 @@ def _split_fusions(claims: Sequence[Claim]) -> list[UserError]:
             f"the rules split {len(split)} group(s) of matrices that the engine fuses into one: {stored}",
             where="weights.rules",
             fix="give q/k/v, gate/up, and all experts of a layer, one scheme",
+        )
+    ]
+
+
+def _split_solvers(claims: Sequence[Claim]) -> list[UserError]:
+    """Parts that share a tensor-level scale are solved together, so by one solver."""
+    groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for claim in claims:
+        for part in claim.role.parts if claim.scheme and claim.scheme.shares_tensor_scale else ():
+            if part.fuse_group is not None:
+                solver = "" if claim.solver is None else claim.solver.model_dump_json()
+                groups[part.fuse_group][solver].append(part.module)
+    split = [by_solver for by_solver in groups.values() if len(by_solver) > 1]
+    if not split:
+        return []
+    solved = ", ".join(f"{modules[0]} by {solver}" for solver, modules in split[0].items())
+    return [
+        UserError(
+            f"the rules split {len(split)} group(s) of matrices that share a scale among solvers: {solved}",
+            where="weights.rules",
+            fix="give q/k/v, and gate/up, one solver",
         )
     ]
 

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from compressor import data
 from compressor.budget.gates import Gate, check_gate_metric
+from compressor.calibration.check import calibration_warnings, check_calibration
+from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.sources import open_source
 from compressor.dialects import DIALECTS
@@ -17,13 +19,17 @@ from compressor.dialects.base import Dialect
 from compressor.errors import PlanError, UserError
 from compressor.evals.base import SHIPPED_TASKS, EvalSpec
 from compressor.model.families import family_for
+from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers, unmeasured, walk_key
 from compressor.planner.claims import claim_tensors
 from compressor.planner.kv_bytes import full_context
 from compressor.planner.layout import group_units, pack_shards
+from compressor.planner.oneshot import OneshotPlan, oneshot_faults, oneshot_key, plan_oneshot
 from compressor.planner.places import check_disk, check_places, check_text
+from compressor.planner.polished import PolishPlan, check_polish, plan_polish, polish_key
 from compressor.planner.predict import Prediction, RuleRow, predict, rule_rows
 from compressor.recipe.load import LoadedRecipe
-from compressor.stages.base import Claim, Shard
+from compressor.recipe.mixtures import calibration_spec
+from compressor.stages.base import Claim, Shard, needs_data
 from compressor.stages.evaluate import memory_needed
 from compressor.stages.modules import modules_of
 from compressor.workspace import Workspace, stage_key
@@ -45,6 +51,10 @@ class Plan:
         dialect: how the result is spelled.
         shards: the output files' contents.
         rows: the claims summed by rule.
+        calibration: what the recipe calibrates on, or None where it neither says so nor needs it.
+        walk: the calibrated part, or None where nothing needs data.
+        oneshot: what takes the walk's place where llm-compressor chooses the values, or None.
+        polish: the distillation after it, or None where the recipe asks for none.
         prediction: bytes, memory, disk, time, GPUs.
         evaluation: what to measure, or None where the recipe switches it off.
         gates: what the measured losses must not exceed.
@@ -61,6 +71,10 @@ class Plan:
     dialect: Dialect
     shards: tuple[Shard, ...]
     rows: tuple[RuleRow, ...]
+    calibration: CalibrationSpec | None
+    walk: WalkPlan | None
+    oneshot: OneshotPlan | None
+    polish: PolishPlan | None
     prediction: Prediction
     evaluation: EvalSpec | None
     gates: tuple[Gate, ...]
@@ -112,10 +126,22 @@ def make_plan(
     )
     if claims is None or faults:
         raise PlanError(_placed(faults, loaded))
+    claims, warnings = settle_solvers(claims)
+    faults += unmeasured(claims)
+    faults += oneshot_faults(claims, source, polished=recipe.weights.polish is not None)
+    calibration = _calibration(loaded, source, claims, evaluation, faults, warnings)
+    walk, polish = None, None
+    oneshot = None if calibration is None else plan_oneshot(claims, calibration, source.config)
+    if calibration is not None and oneshot is None and _needs_data(loaded, claims):
+        walk = plan_walk(claims, calibration, source.config)
+        polish = _polish(loaded, source, walk, claims, faults, warnings)
     units = group_units(claims)
     # Only Hub sources have a revision: their shards are downloaded into the workspace.
     download = sum(header.nbytes for header in source.headers.values()) if source.revision else 0
     prediction = predict(claims, units, source.config, download)
+    for part in (walk, oneshot, polish):
+        if part is not None:
+            prediction = part.add_to(prediction)
     check_places(output, space.root, source.model_dir() if source.revision is None else None, faults)
     plan = Plan(
         loaded=loaded,
@@ -126,18 +152,69 @@ def make_plan(
         dialect=dialect,
         shards=tuple(pack_shards(units, recipe.export.max_shard_bytes)),
         rows=tuple(rule_rows(claims)),
+        calibration=calibration,
+        walk=walk,
+        oneshot=oneshot,
+        polish=polish,
         prediction=prediction,
         evaluation=evaluation,
         gates=tuple(recipe.evaluate.gates) if recipe.evaluate else (),
         output=output,
         workspace=space,
-        warnings=(*_warnings(loaded, source), *dialect.warnings(modules_of(source, claims))),
+        warnings=(*_warnings(loaded, source), *warnings, *dialect.warnings(modules_of(source, claims))),
     )
     if not planning:
         check_disk(prediction, output, space, stream_key(plan), faults)
     if faults:
-        raise PlanError(faults)
+        raise PlanError(_placed(faults, loaded))
     return plan
+
+
+def _calibration(
+    loaded: LoadedRecipe,
+    source: Source,
+    claims: list[Claim],
+    evaluation: EvalSpec | None,
+    faults: list[UserError],
+    warnings: list[str],
+) -> CalibrationSpec | None:
+    """What is calibrated on; adds to ``faults`` and ``warnings`` what it finds."""
+    needed = _needs_data(loaded, claims)
+    if not needed and loaded.recipe.calibration is None:
+        return None
+    longest = full_context(source.config)
+    spec = _collect(faults, lambda: calibration_spec(loaded.recipe, loaded.folder, longest))
+    if spec is None:
+        return None
+    if not needed:
+        warnings.append("calibration has no effect: no scheme or solver of this recipe needs data")
+        return spec
+    faults += check_calibration(spec, evaluation.text if evaluation else None, longest)
+    warnings += calibration_warnings(spec)
+    return spec
+
+
+def _needs_data(loaded: LoadedRecipe, claims: list[Claim]) -> bool:
+    """Whether any matrix is walked, were it only to be polished."""
+    return loaded.recipe.weights.polish is not None or any(needs_data(claim) for claim in claims)
+
+
+def _polish(
+    loaded: LoadedRecipe,
+    source: Source,
+    walk: WalkPlan,
+    claims: list[Claim],
+    faults: list[UserError],
+    warnings: list[str],
+) -> PolishPlan | None:
+    """How the result is polished, if so; adds to ``faults`` and ``warnings`` what it finds."""
+    section = loaded.recipe.weights.polish
+    if section is None:
+        return None
+    faults += check_polish(section, walk.calibration, claims)
+    polish = plan_polish(section, walk, claims, source.config, loaded.recipe.seed)
+    warnings += polish.warnings()
+    return polish
 
 
 def stream_key(plan: Plan) -> str:
@@ -160,7 +237,13 @@ def stream_key(plan: Plan) -> str:
     if plan.dialect.name != "compressed-tensors":
         # Left out for the first dialect: its stages from before there were others stay valid.
         spec["dialect"] = plan.dialect.name
-    return stage_key("stream", STREAM_VERSION, spec, [plan.source.fingerprint])
+    needs = [plan.source.fingerprint]
+    if plan.oneshot is not None:
+        needs.append(oneshot_key(plan.oneshot, plan.claims, plan.source.fingerprint))
+    if plan.walk is not None:
+        walked = walk_key(plan.walk, plan.claims, plan.source.fingerprint)
+        needs.append(walked if plan.polish is None else polish_key(plan.polish, walked))
+    return stage_key("stream", STREAM_VERSION, spec, needs)
 
 
 def evaluation_spec(loaded: LoadedRecipe, longest: int | None) -> EvalSpec | None:

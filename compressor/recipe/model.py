@@ -9,18 +9,10 @@ import re
 from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from compressor.dialects.base import DialectName
+from compressor.recipe.calibration import CalibrationSection
 from compressor.recipe.fields import (
     Bytes,
     Count,
@@ -37,12 +29,13 @@ from compressor.recipe.fields import (
     Window,
     no_bool,
 )
+from compressor.recipe.polish import PolishSection
+from compressor.recipe.section import Section, blamed, is_none
 from compressor.schemes import SchemeField
 from compressor.solvers import SolverField, parse_solver
 
 # Keys that the language reserves and that no stage serves yet: path in the recipe -> how faults name it.
 RESERVED: dict[tuple[str, ...], str] = {
-    ("calibration",): "section 'calibration'",
     ("kv_cache",): "section 'kv_cache'",
     ("context",): "section 'context'",
     ("adapters",): "section 'adapters'",
@@ -58,12 +51,6 @@ def _named(value: object) -> object:
 
 def _false_is_none(value: object) -> object:
     return None if value is False else value
-
-
-class Section(BaseModel):
-    """Base of all recipe sections: frozen, and unknown keys are faults."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -89,7 +76,7 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _sha256_of_one_file(self) -> ModelSection:
         if self.sha256 is not None and not self.source.lower().endswith(".gguf"):
-            raise _at(
+            raise blamed(
                 ("sha256",), "sha256 is checked of a single .gguf file only; pin other sources by revision"
             )
         return self
@@ -112,7 +99,7 @@ class WeightRule(Section):
     @model_validator(mode="after")
     def _copies_need_no_solver(self) -> WeightRule:
         if self.scheme == "copy" and self.solver is not None:
-            raise _at(("solver",), "a solver has no effect with `scheme: copy`")
+            raise blamed(("solver",), "a solver has no effect with `scheme: copy`")
         return self
 
 
@@ -129,6 +116,11 @@ class WeightsSection(Section):
         default=(), description="Patterns (as in rules) of tensors to copy in 16 bit; they precede the rules."
     )
     rules: tuple[WeightRule, ...] = Field(default=(), description="Exceptions, first match wins.")
+    polish: PolishSection | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="A short distillation of scales, norms and biases after all layers; by default none.",
+    )
 
 
 class EvalTask(Section):
@@ -191,10 +183,10 @@ class EvaluateSection(Section):
         names = [task.name for task in self.tasks]
         for index, name in enumerate(names):
             if name in names[:index]:
-                raise _at(("tasks", index), f"task {name!r} is listed twice")
+                raise blamed(("tasks", index), f"task {name!r} is listed twice")
         for index, gate in enumerate(self.gates):
             if gate.metric.startswith("task:") and gate.metric[5:] not in names:
-                raise _at(
+                raise blamed(
                     ("gates", index, "metric"), f"no task {gate.metric[5:]!r} in evaluate.tasks to measure"
                 )
         return self
@@ -206,7 +198,7 @@ class ExportSection(Section):
     format: DialectName = Field(
         default="compressed-tensors",
         description="Names and shapes of what is written, and the engine's config: `compressed-tensors`, or "
-        "`modelopt`, as NVIDIA ModelOpt exports (nvfp4a16, fp8_dynamic and fp8_block only).",
+        "`modelopt`, as NVIDIA ModelOpt exports (the nvfp4 and fp8 schemes only).",
     )
     max_shard_bytes: Bytes = Field(
         default=2_000_000_000,
@@ -225,6 +217,12 @@ class Recipe(Section):
     seed: Seed = Field(default=0, description="Seed of everything random in the run.")
     model: ModelSection
     weights: WeightsSection
+    # Left out of what is written where nothing was said: recipes from before it existed stay the same bytes.
+    calibration: CalibrationSection | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="What calibrated solvers and schemes are shown; by default the shipped mixture.",
+    )
     evaluate: Annotated[
         EvaluateSection | None,
         BeforeValidator(_false_is_none, json_schema_input_type=EvaluateSection | Literal[False] | None),
@@ -233,8 +231,3 @@ class Recipe(Section):
         description="What is measured; `evaluate: null` measures nothing: the result has no quality figures.",
     )
     export: ExportSection = Field(default_factory=ExportSection)
-
-
-def _at(below: tuple[str | int, ...], message: str) -> PydanticCustomError:
-    """A fault of several keys together, blamed on the one at ``below`` (read by compressor.recipe.check)."""
-    return PydanticCustomError("recipe_fault", "{message}", {"message": message, "below": below})

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from compressor.report import rows
+from compressor.report.calibration import CalibrationFacts
 from compressor.report.model import Report
 from compressor.report.serve import request_command
 from compressor.report.words import short_name, size, visible
@@ -42,6 +43,7 @@ def render_card(report: Report, recipe_yaml: str) -> str:
         f"# {escape(short_name(report.name))}\n\n{escape(rows.headline(report))}.",
         _overview(report),
         _done(report),
+        *([_calibration(report, report.calibration)] if report.calibration else []),
         _serving(report),
         _verified(report),
         _evaluation(report),
@@ -122,6 +124,19 @@ def _done(report: Report) -> str:
         parts += ["Largest errors:", _table(("scheme", "tensor", "relative squared error"), worst, left=2)]
     note = rows.source_caption(report)
     return "\n\n".join([*parts, *([_caption(note)] if note else [])])
+
+
+def _calibration(report: Report, facts: CalibrationFacts) -> str:
+    parts = ["## Calibration"]
+    solvers, worst = rows.solver_rows(facts), rows.worst_output_rows(facts)
+    if solvers:
+        parts.append(_table(rows.SOLVER_HEADS, solvers, left=2))
+    if worst:
+        parts.append(_table(rows.WORST_OUTPUT_HEADS, worst, left=2))
+    notes = rows.calibration_notes(facts)
+    if notes:
+        parts.append("\n".join(f"- {escape(note)}" for note in notes))
+    return "\n\n".join([*parts, _caption(rows.calibration_caption(report))])
 
 
 def _serving(report: Report) -> str:

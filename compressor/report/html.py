@@ -31,7 +31,7 @@ def write_html(folder: Path, report: Report) -> None:
 
 def render_html(report: Report) -> str:
     """The page ``report.html``."""
-    quality, found = report.quality, report.verification
+    quality, found, facts = report.quality, report.verification, report.calibration
     before, after = rows.segments(report)
     largest = max(report.source.bytes, report.result.bytes, 1)
     return _template().render(
@@ -49,6 +49,12 @@ def render_html(report: Report) -> str:
         command=quality.command if quality else "",
         gates=[rows.gate_row(gate) for gate in report.gates],
         failed=any(not gate.passed for gate in report.gates),
+        calibration=rows.calibration_caption(report),
+        solver_heads=rows.SOLVER_HEADS,
+        solvers=rows.solver_rows(facts) if facts else [],
+        worst_output_heads=rows.WORST_OUTPUT_HEADS,
+        worst_outputs=rows.worst_output_rows(facts) if facts else [],
+        calibration_notes=rows.calibration_notes(facts) if facts else [],
         stages=rows.stage_rows(report),
         checks=rows.check_rows(found) if found else [],
         engine=rows.engine_rows(found.engine) if found else [],

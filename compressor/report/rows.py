@@ -6,15 +6,21 @@ Strings that come from the report's names are not escaped here; each view escape
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from compressor.report.calibration import CalibratedMatrix, CalibrationFacts, PolishFacts
 from compressor.report.model import Gate, Quality, Report, ResultFacts
 from compressor.report.verification import EngineFacts, Verification
-from compressor.report.words import BYTE_UNITS, duration, number, percent, size
+from compressor.report.words import BYTE_UNITS, duration, number, percent, short_name, size
 
 UNMEASURED = "quality not measured"
 UNVERIFIED = "not verified yet: `compress verify` proves that the checkpoint loads and is served rightly"
+
+SOLVER_HEADS = ("scheme", "values from", "matrices", "output error of rtn", "output error", "change")
+WORST_OUTPUT_HEADS = ("scheme", "worst matrices", "output error of rtn", "output error")
+_WORST_OUTPUTS = 5
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -253,3 +259,115 @@ def verdict(found: Verification) -> str:
         return f"passed: {engine.name} {engine.version} loads it and agrees"
     word = "passed, but not proven by the engine" if found.passed else "FAILED"
     return f"{word}: {engine.name} {engine.version}: {engine.verdict}"
+
+
+def calibration_caption(report: Report) -> str:
+    """What the solvers were shown, and what the errors of the tables are; "" where nothing was shown."""
+    facts = report.calibration
+    if facts is None:
+        return ""
+    texts = ", ".join(f"{text.name} ({text.tokens:,})" for text in facts.texts)
+    text = (
+        f"{facts.tokens:,} tokens: {facts.samples:,} sequences of {facts.sequence_length:,} from {texts}; "
+        f"seed {facts.seed}; forward passes in {facts.dtype}."
+    )
+    if any(matrix.output_error is not None for matrix in facts.matrices):
+        text += (
+            " Errors are squared errors of a layer's output beyond that of the real weights before rounding, "
+            "over its squared norm, tokens of outlying inputs weighted down, on these very tokens, to which "
+            "the values were fitted, not on held-out text. Means count every matrix alike."
+        )
+    return f"{text} {source_caption(report)}".strip()
+
+
+def solver_rows(facts: CalibrationFacts) -> list[tuple[str, str, str, str, str, str]]:
+    """(scheme, whose values, matrices, mean error of round to nearest, mean error, change), and all together.
+
+    Means are arithmetic, over the matrices that any token reached.
+    """
+    groups: dict[tuple[str, str], list[CalibratedMatrix]] = {}
+    for matrix in facts.matrices:
+        groups.setdefault((matrix.scheme, matrix.solver), []).append(matrix)
+    rows = [(*group, *_mean_errors(groups[group])) for group in sorted(groups)]
+    return [*rows, ("all", "", *_mean_errors(facts.matrices))] if len(rows) > 1 else rows
+
+
+def _mean_errors(matrices: Sequence[CalibratedMatrix]) -> tuple[str, str, str, str]:
+    pairs = [
+        (matrix.rtn_output_error, matrix.output_error)
+        for matrix in matrices
+        if matrix.rtn_output_error is not None and matrix.output_error is not None
+    ]
+    if not pairs:
+        return f"{len(matrices):,}", "-", "-", "-"
+    rtn, stored = (sum(errors) / len(pairs) for errors in zip(*pairs, strict=True))
+    change = percent(stored / rtn - 1, signed=True) if rtn and stored != rtn else "-"
+    return f"{len(matrices):,}", number(rtn, 5), number(stored, 5), change
+
+
+def worst_output_rows(facts: CalibrationFacts) -> list[tuple[str, str, str, str]]:
+    """(scheme, matrix, error of round to nearest, error) of the matrices whose outputs are furthest off."""
+    heard = [(matrix.output_error, matrix) for matrix in facts.matrices if matrix.output_error is not None]
+    ranked = sorted(heard, key=lambda pair: (math.isnan(pair[0]), pair[0]), reverse=True)
+    return [
+        (
+            matrix.scheme,
+            matrix.name,
+            "-" if matrix.rtn_output_error is None else number(matrix.rtn_output_error, 5),
+            number(error, 5),
+        )
+        for error, matrix in ranked[:_WORST_OUTPUTS]
+    ]
+
+
+def calibration_notes(facts: CalibrationFacts) -> list[str]:
+    """What a polish did, and where calibration changed nothing or had little to go by, a sentence each."""
+    polished = [] if facts.polish is None else [_polish_note(facts.polish)]
+    kept = [
+        matrix.name
+        for matrix in facts.matrices
+        if matrix.solver == "rtn" and matrix.tokens and matrix.output_error is not None
+    ]
+    if not kept:
+        return [*polished, *_expert_notes(facts)]
+    said = (
+        "Matrices that keep the values of round to nearest (rtn), since the solver's were no better on these "
+        f"tokens: {len(kept):,} of {len(facts.matrices):,}: {_some(kept)}."
+    )
+    return [*polished, said, *_expert_notes(facts)]
+
+
+def _polish_note(facts: PolishFacts) -> str:
+    where = f"on {facts.held_out_tokens:,} calibration tokens that it was not trained on"
+    did = f"{facts.steps:,} steps in {facts.seconds:,.0f} s over {facts.scales:,} scales, norms and biases"
+    before = number(facts.kl_before, 5)
+    if not facts.kept:
+        return f"Polish: {did} brought the result no nearer to the source than KL {before} {where}; not kept."
+    after = f"{number(facts.kl_after, 5)} ({percent(facts.kl_after / facts.kl_before - 1, signed=True)})"
+    return (
+        f"Polish: {did}; mean KL from the source {where}: {before} before, {after} after, at the best of the "
+        "steps measured there. The errors of single matrices are those before the polish."
+    )
+
+
+def _expert_notes(facts: CalibrationFacts) -> Iterator[str]:
+    """Every token reaches every matrix, except those that a router chooses."""
+    routed = [matrix for matrix in facts.matrices if matrix.tokens < facts.tokens]
+    reached = [matrix for matrix in routed if matrix.tokens]
+    if reached:
+        least = min(reached, key=lambda matrix: matrix.tokens)
+        yield (
+            f"Expert matrices that only a part of the tokens reached: {len(reached):,}; "
+            f"the fewest tokens: {least.tokens:,} ({short_name(least.name)})."
+        )
+    missed = [matrix.name for matrix in routed if not matrix.tokens]
+    if missed:
+        yield (
+            "Expert matrices that no token reached, whose values are not calibrated: "
+            f"{len(missed):,}: {_some(missed)}."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(map(short_name, names[:_NAMED])) + (f" and {more:,} more" if more > 0 else "")

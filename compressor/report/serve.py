@@ -31,6 +31,10 @@ _NOTES: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("On CPU, vLLM 0.32 computes {label} value by value, minutes for a prompt: serve on a GPU.",),
     ),
     (
+        "FP8",
+        ("On CPU, vLLM 0.32 cannot round activations by the stored scale of {label}: serve on a GPU.",),
+    ),
+    (
         "W4A16",
         (
             "On CPU, set VLLM_CPU_INT4_W4A8=0 for {label}: without it vLLM 0.32 silently rounds activations "

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compressor.report import rows
+from compressor.report.calibration import CalibrationFacts
 from compressor.report.model import Report
 from compressor.report.verification import Verification
 from compressor.report.words import size, visible
@@ -51,6 +52,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
     show.table(("gate", "increase", "allowed", ""), [rows.gate_row(gate) for gate in report.gates])
     show.line(rows.quality_caption(report), style="dim")
 
+    if report.calibration is not None:
+        _show_calibration(show, report.calibration)
+        show.line(rows.calibration_caption(report), style="dim")
+
     show.title("Cost")
     show.table(("stage", "time", "memory", "device", "resumed"), rows.stage_rows(report))
     device = report.device
@@ -73,9 +78,17 @@ def print_verification(found: Verification, console: Console) -> None:
     _show_verification(_Printer(console), found)
 
 
+def _show_calibration(show: _Printer, facts: CalibrationFacts) -> None:
+    show.title("Calibration")
+    show.table(rows.SOLVER_HEADS, rows.solver_rows(facts), left=2)
+    show.table(rows.WORST_OUTPUT_HEADS, rows.worst_output_rows(facts), left=2)
+    for note in rows.calibration_notes(facts):
+        show.line(note)
+
+
 def _show_verification(show: _Printer, found: Verification) -> None:
-    show.pairs(("check", "status", "finding"), rows.check_rows(found))
-    show.pairs(("engine", ""), rows.engine_rows(found.engine))
+    show.table(("check", "status", "finding"), rows.check_rows(found), left=3)
+    show.table(("engine", ""), rows.engine_rows(found.engine), left=2)
     show.line(rows.verdict(found), style="bold green" if found.passed else "bold red")
 
 
@@ -95,21 +108,11 @@ class _Printer:
     def command(self, text: str) -> None:
         self._console.print(self._text(text, "cyan"), soft_wrap=True)
 
-    def table(self, heads: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
-        """One table; nothing if it has no rows. The first column is left aligned, numbers to the right."""
+    def table(self, heads: Sequence[str], cells: Iterable[Sequence[str]], *, left: int = 1) -> None:
+        """One table; nothing if it has no rows. The first ``left`` columns are words, the others numbers."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
         for index, head in enumerate(heads):
-            table.add_column(head, justify="right" if index else "left", overflow="fold")
-        for row in cells:
-            table.add_row(*(self._text(cell) for cell in row))
-        if table.row_count:
-            self._console.print(table)
-
-    def pairs(self, heads: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
-        """One table of words: every column left aligned and folded."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
-        for head in heads:
-            table.add_column(head, overflow="fold")
+            table.add_column(head, justify="left" if index < left else "right", overflow="fold")
         for row in cells:
             table.add_row(*(self._text(cell) for cell in row))
         if table.row_count:

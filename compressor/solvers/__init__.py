@@ -13,18 +13,20 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from compressor.schemes.base import Kinds
 from compressor.solvers.base import Solver
+from compressor.solvers.gptq import Gptq
+from compressor.solvers.llmcompressor import LlmCompressor
 from compressor.solvers.rtn import Rtn
 
-BUILTIN_SOLVERS: tuple[type[Solver], ...] = (Rtn,)
+BUILTIN_SOLVERS: tuple[type[Solver], ...] = (Rtn, Gptq, LlmCompressor)
 
-_CALIBRATED = "needs calibration, not available in this version; use rtn"
+_CALIBRATED = "needs calibration, not available in this version; use rtn or gptq"
 
 _SOLVERS: Kinds[Solver] = Kinds(
     "solver",
     group="compressor.solvers",
     base=Solver,
     builtins=BUILTIN_SOLVERS,
-    refused=dict.fromkeys(("gptq", "awq", "autoround", "smoothquant"), _CALIBRATED),
+    refused=dict.fromkeys(("awq", "autoround", "smoothquant"), _CALIBRATED),
 )
 
 

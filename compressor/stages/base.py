@@ -45,6 +45,21 @@ class Claim:
         return self.tensor.numel * 2 if self.tensor.dtype in FLOAT_DTYPES else self.tensor.nbytes
 
 
+def needs_moments(claim: Claim) -> bool:
+    """Whether the claim's solver must hear its inputs."""
+    return claim.solver is not None and claim.solver.needs_calibration
+
+
+def needs_range(claim: Claim) -> bool:
+    """Whether the claim's scheme stores something measured on its inputs."""
+    return claim.scheme is not None and claim.scheme.static_inputs
+
+
+def needs_data(claim: Claim) -> bool:
+    """Whether the claim must be walked, not streamed."""
+    return needs_moments(claim) or needs_range(claim)
+
+
 @dataclass(frozen=True)
 class Unit:
     """Claims that must be solved together."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from compressor.budget.gates import gate_values
@@ -14,6 +13,7 @@ from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import EvalResult, EvalSpec
 from compressor.progress import Progress
 from compressor.stages.base import Claim
+from compressor.stages.tokens import source_tokenizer
 from compressor.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def evaluate_stage(
             )
         progress.warn(f"the result is checked by names, shapes and dtypes, but not loaded back: {short}")
         return {"evaluation": None, "gate_values": {}, "reloaded": None}
-    result = reload(checkpoint, claims)
+    result = reload(checkpoint, source)
     if spec is None:
         return {"evaluation": None, "gate_values": {}, "reloaded": result.via}
     measured = measure(source, checkpoint, result, spec, progress)
@@ -69,26 +69,18 @@ def check_tokens(source: Source, spec: EvalSpec, space: Workspace) -> None:
         UserError: an unusable text.
     """
     from compressor.evals.text import tokens_from_text
-    from compressor.model.load import load_tokenizer
 
-    space.partials.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="tokenizer.tmp-", dir=space.partials) as folder:
-        source.write_side_files(Path(folder))
-        tokens_from_text(load_tokenizer(Path(folder)), spec.text, spec.tokens)
+    tokens_from_text(source_tokenizer(source, space.partials), spec.text, spec.tokens)
 
 
-def reload(checkpoint: Path, claims: Sequence[Claim]) -> LoadedCheckpoint:
+def reload(checkpoint: Path, source: Source) -> LoadedCheckpoint:
     """The checkpoint as transformers loads it; one short forward pass must give finite logits."""
     import torch
 
+    from compressor.model.decode import fused_tensors
     from compressor.model.load import load_checkpoint_model
 
-    fused = [
-        (claim.tensor.name, claim.role.parts)
-        for claim in claims
-        if any(part.expert is not None for part in claim.role.parts)
-    ]
-    loaded = load_checkpoint_model(checkpoint, torch.float32, fused=fused)
+    loaded = load_checkpoint_model(checkpoint, torch.float32, fused=fused_tensors(source))
     with torch.no_grad():
         logits = loaded.model(torch.arange(8)[None]).logits
     if not bool(torch.isfinite(logits).all()):

@@ -1,4 +1,4 @@
-"""The weights stage when nothing needs data: tensors pass read -> solve -> write, with no model at all.
+"""Tensors pass read -> solve -> write, with no model at all; what a walk has solved is put in its place.
 
 Finished shards stay in the stage's working folder with a receipt each; a killed run starts again at the
 first shard without one. Peak memory is one group of matrices that share a scale, and the next being read.
@@ -6,12 +6,11 @@ first shard without one. Peak memory is one group of matrices that share a scale
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.safetensors_writer import ShardWriter, shard_names
@@ -21,23 +20,12 @@ from compressor.model.names import extract
 from compressor.progress import Progress
 from compressor.spec import LinearPart
 from compressor.stages.base import Claim, Shard, Unit
-from compressor.workspace import file_sha256, write_json
+from compressor.stages.importance import norm_importance
+from compressor.stages.receipts import PartError, read_receipt, write_receipt
+from compressor.stages.walked import WalkedTensors
 
 if TYPE_CHECKING:
     import torch
-
-_LEAST_IMPORTANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class PartError:
-    """How far one stored matrix is from its source: the relative squared error, and its size."""
-
-    module: str
-    scheme: str
-    squared_error: float
-    squared_norm: float
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -58,69 +46,86 @@ class _Job:
 
 
 def stream(
-    source: Source, shards: Sequence[Shard], dialect: Dialect, folder: Path, progress: Progress
+    source: Source,
+    shards: Sequence[Shard],
+    dialect: Dialect,
+    folder: Path,
+    progress: Progress,
+    walked: WalkedTensors | None = None,
 ) -> bool:
     """Writes every shard and its receipt into ``folder``; returns whether any was found finished.
+
+    ``walked``: tensors of the result that calibration has already made.
 
     Raises:
         CheckpointError: a weight is not finite, or the source changed or is truncated.
         UserError: the disk is full.
     """
     names = shard_names(len(shards))
-    finished = [shard_receipt(folder, name) is not None for name in names]
+    finished = [read_receipt(folder, name) is not None for name in names]
     total = sum(shard.source_bytes for shard in shards)
     already = sum(shard.source_bytes for shard, done in zip(shards, finished, strict=True) if done)
     progress.start("weights", total, "bytes", done=already)
     for name, shard, done in zip(names, shards, finished, strict=True):
         if not done:
-            errors = _write_shard(source, shard, dialect, folder / name, progress)
-            # The receipt is written last: its existence means that the shard is whole.
-            receipt = {"sha256": file_sha256(folder / name), "errors": [asdict(error) for error in errors]}
-            write_json(_receipt_path(folder, name), receipt)
+            errors = _write_shard(source, shard, dialect, folder / name, progress, walked)
+            write_receipt(folder, name, errors)
     progress.finish(resumed=all(finished))
     return any(finished)
 
 
-def shard_receipts(folder: Path) -> list[dict[str, Any]]:
-    """The receipts of a finished stage's shards, in order."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.safetensors.json"))]
-
-
-def shard_receipt(folder: Path, name: str) -> dict[str, Any] | None:
-    """The receipt of a finished shard (``sha256``, ``errors``), or None where it is not finished."""
-    path = _receipt_path(folder, name)
-    if not path.is_file() or not (folder / name).is_file():
-        return None
-    receipt: dict[str, Any] = json.loads(path.read_text())
-    return receipt
-
-
-def _receipt_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.json"
-
-
 def _write_shard(
-    source: Source, shard: Shard, dialect: Dialect, path: Path, progress: Progress
+    source: Source,
+    shard: Shard,
+    dialect: Dialect,
+    path: Path,
+    progress: Progress,
+    walked: WalkedTensors | None,
 ) -> list[PartError]:
-    outputs = [output for unit in shard.units for claim in unit.claims for output in claim.outputs]
-    jobs = [job for unit in shard.units for job in _jobs(unit)]
+    claims = [claim for unit in shard.units for claim in unit.claims]
+    done = [claim for claim in claims if walked is not None and _is_walked(claim, walked)]
+    names = {claim.tensor.name for claim in done}
+    jobs = [job for unit in shard.units for job in _jobs(unit, leave_out=names)]
     errors: list[PartError] = []
-    with ShardWriter(path, outputs) as writer:
+    with ShardWriter(path, [output for claim in claims for output in claim.outputs]) as writer:
+        for claim in done:
+            assert walked is not None
+            errors += _write_walked(claim, walked, dialect, writer)
+            progress.advance(claim.tensor.nbytes, note=path.name)
         for job, tensors in _read_ahead(source, jobs):
             if job.parts:
-                errors += _solve(job, tensors, _importance(source, job), dialect, writer)
+                claim, part = job.parts[0]
+                importance_I = norm_importance(source, claim.role.input_norm, part.in_features)
+                errors += _solve(job, tensors, importance_I, dialect, writer)
             else:
                 for claim, tensor in zip(job.claims, tensors, strict=True):
-                    _write_copy(claim, tensor, writer)
+                    changed = None if walked is None else walked.changed(claim.tensor.name)
+                    _write_copy(claim, tensor if changed is None else changed, writer)
             progress.advance(job.source_bytes, note=path.name)
     return errors
 
 
-def _jobs(unit: Unit) -> list[_Job]:
+def _is_walked(claim: Claim, walked: WalkedTensors) -> bool:
+    return claim.scheme is not None and claim.role.parts[0].module in walked
+
+
+def _write_walked(
+    claim: Claim, walked: WalkedTensors, dialect: Dialect, writer: ShardWriter
+) -> list[PartError]:
+    assert claim.scheme is not None
+    for part in claim.role.parts:
+        for local, tensor in dialect.spell(claim.scheme, walked.local(part.module)).items():
+            writer.write(f"{part.module}.{local}", tensor)
+    return [walked.error(part.module) for part in claim.role.parts]
+
+
+def _jobs(unit: Unit, leave_out: Set[str]) -> list[_Job]:
     """Splits a unit into the smallest groups that must be solved together: experts one by one."""
     grouped: dict[str, list[tuple[Claim, LinearPart]]] = {}
     copies = []
     for claim in unit.claims:
+        if claim.tensor.name in leave_out:
+            continue
         if claim.scheme is None:
             copies.append(_Job((claim,), ()))
             continue
@@ -156,19 +161,6 @@ def _read_ahead(source: Source, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, li
     finally:
         # An interrupted run does not wait for what is being read.
         reader.shutdown(wait=False, cancel_futures=True)
-
-
-def _importance(source: Source, job: _Job) -> torch.Tensor | None:
-    """fp32 [in_features]: how much each input channel counts, where the norm before the layer tells it."""
-    norm = job.claims[0].role.input_norm
-    if norm is None or norm.tensor not in source.headers:
-        return None
-    moment_I = (source.read(norm.tensor).float() + norm.offset) ** 2
-    largest = float(moment_I.max())
-    if not 0.0 < largest < float("inf") or len(moment_I) != job.parts[0][1].in_features:
-        return None
-    # Channels that the norm all but closes still count a little: the text may open them.
-    return moment_I.clamp(min=_LEAST_IMPORTANCE * largest)
 
 
 def _solve(

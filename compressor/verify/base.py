@@ -79,3 +79,19 @@ class EngineAnswer:
     error: str | None
     stage: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a result's own report says of values that data chose, not the nearest rounding.
+
+    Attributes:
+        calibrated: modules where a weight that is not the nearest is no fault.
+        moved: norms and biases that a polish moved a little, together with the scales of all matrices.
+        changed: tensors in 16 bit that a transform changed: scales were moved between layers, so that no
+            matrix is the source's one by one.
+    """
+
+    calibrated: frozenset[str] = frozenset()
+    moved: frozenset[str] = frozenset()
+    changed: frozenset[str] = frozenset()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source
@@ -106,10 +108,34 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, longes
     return Tokens(tuple(window for window in windows if len(window) > 1), tuple(prompts), start)
 
 
+def own_folder(source: Source) -> Path | None:
+    """The source's own folder, with config.json and safetensors; None where it has none such (GGUF)."""
+    return source.model_dir() if source.gguf_file() is None else None
+
+
+def missing_room(source: Source, scratch: Path) -> str:
+    """Why ``plain_folder`` would not fit on the disk, or "": weights at 16 bit, and the side files.
+
+    Args:
+        source: it writes a GGUF source only.
+        scratch: an existing folder on that disk; the side files are written there to be measured.
+    """
+    if own_folder(source) is not None:
+        return ""
+    with TemporaryDirectory(prefix="side-files.tmp-", dir=scratch) as folder:
+        written = source.write_side_files(Path(folder))
+        side_bytes = sum((Path(folder) / name).stat().st_size for name in written)
+    needed = side_bytes + sum(header.nbytes for header in source.headers.values())
+    free = shutil.disk_usage(scratch).free
+    if needed <= free:
+        return ""
+    return f"the source takes {needed / 1e6:,.1f} MB in {scratch}, {free / 1e6:,.1f} MB are free"
+
+
 def plain_folder(source: Source, scratch: Path) -> Path:
     """A folder that an engine can load the source from: its own, or one written into ``scratch`` (GGUF)."""
-    own = source.model_dir()
-    if own is not None and source.gguf_file() is None:
+    own = own_folder(source)
+    if own is not None:
         return own
     folder = scratch / "source"
     folder.mkdir(parents=True)

@@ -1,12 +1,13 @@
-"""What else decides what a checkpoint means: the architecture's numbers in config.json, and the vocabulary.
+"""What else decides what a checkpoint means: config.json's numbers, generation_config.json, the vocabulary.
 
-Both engines read the same config.json, so that they agree on a wrong one; only the source tells.
+Both engines read the same files, so that they agree on wrong ones; only the source tells.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.base import Source
@@ -16,7 +17,8 @@ from compressor.errors import CheckpointError
 from compressor.model.load import load_tokenizer
 from compressor.model.quiet import quiet
 from compressor.verify.base import Check
-from compressor.verify.structure.contents import dumped
+from compressor.verify.inputs import own_folder
+from compressor.verify.structure.contents import dumped, json_object
 from compressor.verify.structure.side_files import has_vocabulary
 
 if TYPE_CHECKING:
@@ -32,33 +34,77 @@ _BESIDES = frozenset(
         *("return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
     }
 )
+# Who wrote generation_config.json.
+_WRITTEN_BY = frozenset({"transformers_version", "_from_model_config"})
+_GENERATION = "generation_config.json"
 _SHOWN = 3
 
 
-def check_meaning(checkpoint: Path, source: Source) -> Check:
-    """``meaning``: config.json says of the model what the source's says, and the tokenizer has its ids.
+def check_meaning(checkpoint: Path, source: Source, *, near: Path) -> Check:
+    """``meaning``: both configs say of the model what the source's say, and the tokenizer has its ids.
 
-    Token ids that end a text, and texts that are templates, are not compared.
+    Token ids that begin and end a text are compared in generation_config.json, where the source has one:
+    engines generate by it. Texts that are templates are not compared.
+
+    Args:
+        checkpoint: the folder.
+        source: what it was made from.
+        near: a folder for temporary files, made where it is missing; used for a GGUF source.
 
     Raises:
         CheckpointError: config.json has become unreadable.
     """
     config = load_config(StoredTensors(checkpoint).small_file("config.json"), "config.json")
-    different = _differences(_read(config), _read(source.config))
-    if different:
-        more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
-        text = f"config.json differs from the source's: {'; '.join(different[:_SHOWN])}{more}"
-        return Check("meaning", "failed", text)
+    fault = _told("config.json", _differences(_read(config), _read(source.config), _BESIDES))
+    fault = fault or _generation_fault(checkpoint, source, near)
+    if fault:
+        return Check("meaning", "failed", fault)
     theirs = _tokenizer(source)
     if not has_vocabulary(os.listdir(checkpoint)) or theirs is None:
-        return Check("meaning", "passed", "config.json says what the source's does; no tokenizer to compare")
+        return Check("meaning", "passed", "the configs say what the source's do; no tokenizer to compare")
     try:
         ours = load_tokenizer(checkpoint)
     except CheckpointError as error:
         return Check("meaning", "failed", f"the tokenizer {error.what}")
     if ours.get_vocab() != theirs.get_vocab():
         return Check("meaning", "failed", "the tokenizer's vocabulary is not the source's")
-    return Check("meaning", "passed", "config.json and vocabulary say what the source's do")
+    return Check("meaning", "passed", "configs and vocabulary say what the source's do")
+
+
+def _generation_fault(checkpoint: Path, source: Source, near: Path) -> str:
+    """How generation_config.json differs from the source's, or "": a source without one is no measure."""
+    theirs = _source_generation(source, near)
+    if theirs is None:
+        return ""
+    if not StoredTensors(checkpoint).has_file(_GENERATION):
+        return f"{_GENERATION} is missing, the source has one: copy it from the source"
+    try:
+        ours = json_object(checkpoint.resolve(), _GENERATION)
+    except CheckpointError as error:
+        return f"{error.what}: copy it from the source"
+    return _told(_GENERATION, _differences(ours, theirs, _WRITTEN_BY))
+
+
+def _source_generation(source: Source, near: Path) -> dict[str, Any] | None:
+    """The source's generation_config.json; None where it has none that can be read."""
+    own = own_folder(source)
+    try:
+        if own is not None:
+            return json_object(own.resolve(), _GENERATION)
+        near.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="side-files.tmp-", dir=near) as folder:
+            source.write_side_files(Path(folder))
+            return json_object(Path(folder).resolve(), _GENERATION)
+    except CheckpointError:
+        return None
+
+
+def _told(file: str, different: list[str]) -> str:
+    """The first few differences of a file in one sentence, or ""."""
+    if not different:
+        return ""
+    more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+    return f"{file} differs from the source's: {'; '.join(different[:_SHOWN])}{more}"
 
 
 def _tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
@@ -84,12 +130,14 @@ def _read(config: dict[str, Any]) -> dict[str, Any]:
     return read
 
 
-def _differences(ours: Any, theirs: Any, place: str = "") -> list[str]:
-    """A sentence for every value that differs, with its dotted place."""
+def _differences(ours: Any, theirs: Any, besides: frozenset[str], place: str = "") -> list[str]:
+    """A sentence for every value that differs, with its dotted place; keys of ``besides`` do not count."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return [
             sentence
-            for key in sorted({*map(str, ours), *map(str, theirs)} - _BESIDES)
-            for sentence in _differences(ours.get(key), theirs.get(key), f"{place}.{key}" if place else key)
+            for key in sorted({*map(str, ours), *map(str, theirs)} - besides)
+            for sentence in _differences(
+                ours.get(key), theirs.get(key), besides, f"{place}.{key}" if place else key
+            )
         ]
     return [] if ours == theirs else [f"{place} is {dumped(ours)} instead of {dumped(theirs)}"]

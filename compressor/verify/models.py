@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from compressor.device import available_memory_bytes
 from compressor.errors import CheckpointError
 from compressor.progress import Progress
 from compressor.report.model import load_report
-from compressor.verify.base import Check
+from compressor.spec import DTYPE_BYTES
+from compressor.verify.base import Check, Chosen
 from compressor.verify.inputs import Tokens, tokens_of
 from compressor.verify.judge import Logprobs, distance
 from compressor.verify.spec import VerifySpec
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     from compressor.model.load import LoadedCheckpoint
 
 NEW_TOKENS = 16
-_BYTES_PER_WEIGHT = 4
+# Parameters in float32; copies of them in 16 bit; the packed weights that one element holds, at 4 bits each.
+_FLOAT32_BYTES = 4
+_16_BIT_BYTES = 2
+_PACKED = {"U8": 2, "I32": 8}
 _ROOM_BYTES = 2 << 30
 # A loss may exceed the report's by this much on another text: its own growth again twice over, or 0.1 nats.
 _GROWTH = 3.0
@@ -73,7 +78,7 @@ def load_reference(spec: VerifySpec, source: Source | None, progress: Progress) 
     from compressor.model.load import load_checkpoint_model, load_source_model
     from compressor.verify.reference import greedy_tokens, prompt_logprobs
 
-    needed, available = _memory_needed(spec.checkpoint), available_memory_bytes()
+    needed, available = _memory_needed(spec.checkpoint, source), available_memory_bytes()
     if needed > available:
         short = f"loading takes about {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are free"
         return Reference(Check("transformers", "skipped", short))
@@ -104,7 +109,7 @@ def load_reference(spec: VerifySpec, source: Source | None, progress: Progress) 
     unsimulated = loaded.activations_simulated is False
     how = "its own loader" if loaded.via == "transformers" else "its weights decoded first"
     del loaded
-    gc.collect()
+    _return_memory()
     of_source = None
     if source is not None:
         progress.log("loading the source with transformers")
@@ -177,7 +182,22 @@ def check_source_values(checkpoint: Path, source: Source, progress: Progress) ->
     except CheckpointError as error:
         copies = check_copies(StoredTensors(checkpoint), source, progress)
         return [Check("weights", "skipped", error.what), copies]
-    return check_values(stored, source, progress)
+    return check_values(stored, source, progress, _chosen_with_data(checkpoint))
+
+
+def _chosen_with_data(checkpoint: Path) -> Chosen:
+    """What the folder's own report says was chosen with data; nothing without a report."""
+    try:
+        shown = load_report(checkpoint).calibration
+    except CheckpointError:
+        shown = None
+    if shown is None:
+        return Chosen()
+    return Chosen(
+        calibrated=frozenset(matrix.name for matrix in shown.matrices if matrix.solver != "rtn"),
+        moved=frozenset(shown.polish.changed_16bit if shown.polish else ()),
+        changed=frozenset(shown.changed_16bit),
+    )
 
 
 def _mean_loss(logprobs: Logprobs) -> float:
@@ -185,17 +205,53 @@ def _mean_loss(logprobs: Logprobs) -> float:
     return -sum(values) / len(values)
 
 
-def _memory_needed(checkpoint: Path) -> int:
-    """Bytes of the model in float32, from the stored bytes: at the least four bits a weight."""
+def _memory_needed(checkpoint: Path, source: Source | None) -> int:
+    """Bytes that ``load_reference`` takes at its most: ``max(B * M, S * N)`` and 2 GiB for all else.
+
+    The checkpoint and its source are loaded one after the other, and the memory of the first is returned.
+
+    M: parameters of the checkpoint, from stored elements, scales included; a U8 counts as two and an I32 as
+    eight, their number at 4 bits.
+    B: 4 for the model in float32; 6 where activations are rounded, whose noise is measured with a copy in 16
+    bit; 8 where experts are decoded one by one: all decoded tensors, and the model that transformers merges
+    them into.
+    N: parameters of the source. S: 4, and for GGUF 2 more for the dequantized tensors that are given to
+    transformers. N is 0 without a source.
+    """
     from compressor.checkpoint.inventory import take_inventory
 
     kinds = take_inventory(checkpoint).kinds
-    weights = sum(
-        kind.bytes * 2
-        if kind.dtype in ("U8", "I32")
-        else kind.bytes // 2
-        if kind.dtype == "BF16"
-        else kind.bytes
-        for kind in kinds
-    )
-    return _BYTES_PER_WEIGHT * weights + _ROOM_BYTES
+    stored = sum(kind.bytes // DTYPE_BYTES[kind.dtype] * _PACKED.get(kind.dtype, 1) for kind in kinds)
+    needed = _bytes_per_weight(checkpoint) * stored
+    if source is not None:
+        per_weight = _FLOAT32_BYTES + (_16_BIT_BYTES if source.gguf_file() else 0)
+        needed = max(needed, per_weight * sum(header.numel for header in source.headers.values()))
+    return needed + _ROOM_BYTES
+
+
+def _bytes_per_weight(checkpoint: Path) -> int:
+    """``B`` of ``_memory_needed``, by the way in which ``load_checkpoint_model`` will go."""
+    from compressor.model.decode import StoredWeights
+    from compressor.model.load import EXPERT
+
+    try:
+        weights = StoredWeights(checkpoint)
+        if any(EXPERT.search(module) for module in weights.modules):
+            return 2 * _FLOAT32_BYTES
+        if any(weights.scheme(module).input_activations for module in weights.modules):
+            return _FLOAT32_BYTES + _16_BIT_BYTES
+    except CheckpointError:  # not quantized, or loading will say what is wrong
+        pass
+    return _FLOAT32_BYTES
+
+
+def _return_memory() -> None:
+    """Collects what is no longer used and has glibc return it to the system.
+
+    It keeps freed blocks of less than 32 MB, which is all of a small model, and the next model's are not put
+    there: its loader's threads allocate from heaps of their own.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

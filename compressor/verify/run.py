@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from compressor.checkpoint.base import Source
 from compressor.errors import CheckpointError, UserError
 from compressor.progress import Progress
 from compressor.report.model import utc_now
 from compressor.report.verification import EngineFacts, Verification, VerifyCheck
 from compressor.verify.base import Check
 from compressor.verify.engine import find_engine_python
-from compressor.verify.inputs import find_source
+from compressor.verify.inputs import find_source, missing_room
 from compressor.verify.record import record
 from compressor.verify.serving import Questions, question_engine
 from compressor.verify.spec import VerifySpec
@@ -61,7 +62,7 @@ def _check_models(
 
     source = find_source(spec.checkpoint, spec.source, spec.revision, spec.cache, progress)
     if source is not None:
-        checks.append(check_meaning(spec.checkpoint, source))
+        checks.append(check_meaning(spec.checkpoint, source, near=spec.cache.parent))
         checks += check_source_values(spec.checkpoint, source, progress)
     unread = [check for check in checks if check.name == "config" and check.status == "skipped"]
     if unread:
@@ -84,7 +85,7 @@ def _check_models(
             Questions(
                 python=python,
                 checkpoint=spec.checkpoint,
-                source=source,
+                source=_source_of_floor(source, Path(scratch), progress),
                 reference=reference,
                 dtype=spec.dtype,
                 server=spec.server,
@@ -97,6 +98,14 @@ def _check_models(
         if facts.verdict in ("failed", "disagrees"):
             progress.warn(f"what the engine wrote is kept in {_kept_logs(Path(scratch), spec.cache.parent)}")
         return facts
+
+
+def _source_of_floor(source: Source | None, scratch: Path, progress: Progress) -> Source | None:
+    """What the engine's noise floor is measured on; None without a source, or without room for it."""
+    reason = "" if source is None else missing_room(source, scratch)
+    if reason:
+        progress.warn(f"no noise floor is measured: {reason}")
+    return None if reason else source
 
 
 def _kept_logs(scratch: Path, folder: Path) -> Path:

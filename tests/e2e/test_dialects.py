@@ -179,7 +179,7 @@ def test_schemes_without_a_form_are_refused_in_the_plan(tmp_path: Path, sources:
     assert faults.keys() == {"r.yaml:3:3", "r.yaml:5:30"}
     first, second = faults["r.yaml:3:3"], faults["r.yaml:5:30"]
     assert first.what == (
-        "MXFP4A16 has no form in ModelOpt's dialect, which holds NVFP4A16, FP8_DYNAMIC, FP8_BLOCK"
+        "MXFP4A16 has no form in ModelOpt's dialect, which holds NVFP4A16, NVFP4, FP8, FP8_DYNAMIC, FP8_BLOCK"
     )
     assert second.what.startswith("W4A16")
     assert first.fix == "take one of these schemes, or set export.format to compressed-tensors"

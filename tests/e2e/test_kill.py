@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -9,27 +10,36 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 import compressor
 from tests.tiny import tiny_llama
 
 from .cases import content, write_recipe
 
-KILLS = 24
+# Weights, and how often the run is killed: streamed, and walked block by block.
+CASES = {"streamed": ("{scheme: nvfp4a16}", 24), "walked": ("{scheme: nvfp4a16, solver: gptq}", 8)}
+TEXT = "Five wizards quickly jump over my boxed vintage. " * 40
 
 
 def _run(recipe: Path, output: Path) -> None:
     compressor.run(recipe, output=output)
 
 
-def test_killed_runs_end_bit_identical(tmp_path: Path) -> None:
-    """At least 24 kills, spread over reading, solving, writing, assembling, reloading and exporting."""
+@pytest.mark.parametrize("case", CASES)
+def test_killed_runs_end_bit_identical(case: str, tmp_path: Path) -> None:
+    """Kills spread over reading, hearing, solving, writing, assembling, reloading and exporting."""
+    weights, enough = CASES[case]
     source = tmp_path / "source"
     tiny_llama(source, layers=6, hidden=256, intermediate=512, shards=3)
+    (tmp_path / "shown.txt").write_text(TEXT)
+    shown = json.dumps(str(tmp_path / "shown.txt"))
+    calibration = f"calibration: {{datasets: [{{path: {shown}}}], num_samples: 6, sequence_length: 64}}"
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
         source,
-        "{scheme: nvfp4a16}",
-        "evaluate: null\nexport: {max_shard_bytes: 200KB}",
+        weights,
+        f"evaluate: null\nexport: {{max_shard_bytes: 200KB}}\n{calibration if case == 'walked' else ''}",
     )
     # Children fork from a server that has the slow imports done, and no threads yet.
     context = multiprocessing.get_context("forkserver")
@@ -46,7 +56,7 @@ def test_killed_runs_end_bit_identical(tmp_path: Path) -> None:
     expected = content(tmp_path / "reference" / "out")
     moments = random.Random(0)
     kills = rounds = 0
-    while kills < KILLS:
+    while kills < enough:
         rounds += 1
         output = tmp_path / f"round-{rounds}" / "out"
         while True:

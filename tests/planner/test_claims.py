@@ -131,3 +131,16 @@ def test_wide_embeddings_are_stored_in_16_bit() -> None:
     claims = _claims({"scheme": "nvfp4a16"}, wide)
     assert claims["model.embed_tokens.weight"].outputs[0].dtype == "BF16"
     assert claims["model.norm.weight"].outputs[0].dtype == "F32"
+
+
+def test_what_shares_a_scale_has_one_solver() -> None:
+    """q/k/v of NVFP4 are solved together, so a rule for one of them would be ignored; others are free."""
+    rules = [{"match": "*.v_proj", "scheme": "nvfp4a16", "solver": "rtn"}]
+    text = _faults({"scheme": "nvfp4a16", "solver": "gptq", "rules": rules})
+    assert "share a scale among solvers" in text
+    assert "v_proj" in text
+    free = [{"match": "*.v_proj", "scheme": "int8", "solver": "rtn"}]
+    claims = _claims({"scheme": "int8", "solver": "gptq", "rules": free})
+    kinds = {name: claim.solver.kind for name, claim in claims.items() if claim.solver}
+    assert kinds["model.layers.0.self_attn.v_proj.weight"] == "rtn"
+    assert kinds["model.layers.0.self_attn.q_proj.weight"] == "gptq"

@@ -40,7 +40,7 @@ HEAD = "schema_version: 1\nmodel: {source: m.gguf}\n"
         # keys
         (SMALL + "seed: 1\nseed: 2\n", "5:1", "key 'seed' is here twice; first at r.yaml:4:1"),
         (SMALL + "wieghts: 1\n", "4:1", "unknown key 'wieghts' -> did you mean 'weights'?"),
-        (SMALL + "zzz: 1\n", "4:1", "known here: evaluate, export, extends,"),
+        (SMALL + "zzz: 1\n", "4:1", "known here: calibration, evaluate, export,"),
         (HEAD + "weights:\n  scheme: int4\n  sovler: rtn\n", "5:3", "did you mean 'solver'?"),
         (HEAD + "weights:\n  scheme: {kind: int4, group: 64}\n", "4:24", "did you mean 'group_size'?"),
         (
@@ -64,7 +64,7 @@ HEAD = "schema_version: 1\nmodel: {source: m.gguf}\n"
         (SMALL + "name: 12\n", "4:7", "name: must be text, not 12 -> put it in quotes"),
         (SMALL + "name: a/b\n", "4:7", "name: must match pattern"),
         (SMALL + "export: 3\n", "4:9", "export: must be a map of keys, not 3"),
-        (HEAD + "weights: {scheme: nvpf4}\n", "3:19", "did you mean 'nvfp4a16'?"),
+        (HEAD + "weights: {scheme: nvpf4}\n", "3:19", "did you mean 'nvfp4'?"),
         (HEAD + "weights: {scheme: int4, solver: rnt}\n", "3:33", "did you mean 'rtn'?"),
         (HEAD + "weights: {scheme: {group_size: 64}}\n", "3:11", "needs the key 'kind'"),
         (

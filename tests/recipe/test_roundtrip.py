@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from compressor.data import shipped_root
+from compressor.recipe.calibration import CalibrationSection, DatasetSection
 from compressor.recipe.faults import RecipeFaults
 from compressor.recipe.load import dump_recipe, load_recipe, shipped_recipes
 from compressor.recipe.model import (
@@ -81,6 +82,21 @@ def _evaluations(draw: st.DrawFn) -> EvaluateSection:
     )
 
 
+NUMBERS = {"weight": st.floats(1e-9, 1e6), "template": st.sampled_from([None, "plain", "chat"])}
+FILES = st.builds(DatasetSection, path=TEXTS, field=st.none() | TEXTS, **NUMBERS)
+HUB = st.builds(
+    DatasetSection, hub=TEXTS, subset=st.none() | TEXTS, revision=st.just("0" * 40), split=TEXTS, **NUMBERS
+)
+CALIBRATIONS = st.builds(
+    CalibrationSection,
+    mixture=st.none() | SLUGS,
+    datasets=st.lists(FILES | HUB, min_size=1, max_size=3).map(tuple),
+    num_samples=st.none() | COUNTS,
+    sequence_length=st.none() | st.integers(2, 2**24),
+    seed=st.none() | st.integers(0, 2**32 - 1),
+) | st.builds(CalibrationSection, mixture=st.none() | SLUGS)
+
+
 RECIPES = st.builds(
     Recipe,
     schema_version=st.just(1),
@@ -100,6 +116,7 @@ RECIPES = st.builds(
         ignore=st.lists(PATTERNS, max_size=3).map(tuple),
         rules=st.lists(_rules(), max_size=3).map(tuple),
     ),
+    calibration=st.none() | CALIBRATIONS,
     evaluate=st.none() | _evaluations(),
     export=st.builds(ExportSection, max_shard_bytes=st.integers(1, 2**63 - 1)),
 )

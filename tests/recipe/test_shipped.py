@@ -18,7 +18,14 @@ from compressor.recipe.model import RESERVED
 from compressor.schemes import known_schemes, parse_scheme
 from tests.recipe.conftest import SMALL, Write
 
-NAMES = ["llama-70b-nvfp4", "scout-nvfp4", "smollm2-fp8", "smollm2-int4", "smollm2-nvfp4"]
+NAMES = [
+    "llama-70b-nvfp4",
+    "scout-nvfp4",
+    "smollm2-fp8",
+    "smollm2-int4",
+    "smollm2-nvfp4-gptq",
+    "smollm2-nvfp4",
+]
 
 
 def test_the_list_has_each_recipe_with_a_line_and_no_bases() -> None:
@@ -92,9 +99,9 @@ def test_schema_knows_the_language() -> None:
     schema = recipe_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert set(_properties(schema)) == {
-        "extends", "schema_version", "name", "seed", "model", "weights", "evaluate", "export",
+        "extends", "schema_version", "name", "seed", "model", "weights", "calibration", "evaluate", "export",
     }  # fmt: skip
-    assert {"ignore", "+ignore", "rules", "+rules", "scheme", "solver"} == set(
+    assert {"ignore", "+ignore", "polish", "rules", "+rules", "scheme", "solver"} == set(
         _properties(schema, "WeightsSection")
     )
     assert not set(_properties(schema)) & {path[0] for path in RESERVED if len(path) == 1}
@@ -102,6 +109,8 @@ def test_schema_knows_the_language() -> None:
         "ModelSection",
         "WeightsSection",
         "WeightRule",
+        "CalibrationSection",
+        "DatasetSection",
         "EvaluateSection",
         "Gate",
         "ExportSection",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.report.calibration import CalibratedMatrix, CalibrationFacts, CalibrationText
 from compressor.report.model import (
     Device,
     Divergence,
@@ -98,6 +99,39 @@ def sample_report(path: str = "out/smollm2-nvfp4", *, passed: bool = True, quali
         serve=serve_facts(path, ["NVFP4A16"]),
         files={"config.json": 1_804, "model.safetensors": codes + scales + rest + 30_000},
         verification=sample_verification(),
+        calibration=sample_calibration(),
+    )
+
+
+def sample_calibration() -> CalibrationFacts:
+    """7 matrices solved: one keeps round to nearest, and few tokens or none reach two experts."""
+    tokens = 131_072
+    figures = (
+        ("model.layers.0.self_attn.q_proj", "gptq", 0.0040, 0.0080, tokens),
+        ("model.layers.0.self_attn.k_proj", "gptq", 0.0030, 0.0060, tokens),
+        ("model.layers.0.self_attn.o_proj", "gptq", 0.0020, 0.0030, tokens),
+        ("model.layers.1.mlp.gate_proj", "gptq", 0.0010, 0.0011, tokens),
+        ("model.layers.1.mlp.down_proj", "rtn", 0.0090, 0.0090, tokens),
+        ("model.layers.2.mlp.experts.0.up_proj", "gptq", 0.0005, 0.0019, 413),
+        ("model.layers.2.mlp.experts.1.up_proj", "rtn", None, None, 0),
+    )
+    return CalibrationFacts(
+        texts=(CalibrationText(name="prose", tokens=98_304), CalibrationText(name="code", tokens=32_768)),
+        samples=128,
+        sequence_length=1_024,
+        seed=7,
+        dtype="float32",
+        matrices=tuple(
+            CalibratedMatrix(
+                name=name,
+                scheme="NVFP4A16",
+                solver=solver,
+                output_error=error,
+                rtn_output_error=rtn,
+                tokens=count,
+            )
+            for name, solver, error, rtn, count in figures
+        ),
     )
 
 
@@ -175,6 +209,8 @@ def hostile_report() -> Report:
     error = TensorError(name=ATTACK, relative_error=0.01)
     engine = sample_verification().engine
     assert engine is not None
+    calibration = sample_calibration()
+    names = dict.fromkeys(("name", "scheme"), ATTACK)
     return report.model_copy(
         update={
             "name": ATTACK,
@@ -209,6 +245,13 @@ def hostile_report() -> Report:
                     update={"plugins": (ATTACK,)}
                     | dict.fromkeys(("name", "version", "device", "dtype", "reason", "server"), ATTACK)
                 ),
+            ),
+            "calibration": calibration.model_copy(
+                update={
+                    "texts": (CalibrationText(name=ATTACK, tokens=131_072),),
+                    "dtype": ATTACK,
+                    "matrices": tuple(matrix.model_copy(update=names) for matrix in calibration.matrices),
+                }
             ),
         }
     )

@@ -78,6 +78,7 @@ def test_sections_and_figures() -> None:
     assert heads == [
         "## Overview",
         "## What was done",
+        "## Calibration",
         "## How to serve",
         "## Verified",
         "## Evaluation",
@@ -97,7 +98,7 @@ def test_sections_and_figures() -> None:
     ):
         assert line in body.splitlines()
     captions = [line for line in body.splitlines() if line.startswith("*") and line.endswith("*")]
-    assert len(captions) == 3
+    assert len(captions) == 4
     assert all("Source: dequantized from GGUF Q4\\_1." in line for line in captions)
 
 
@@ -123,7 +124,7 @@ def test_hostile_names_make_no_markup() -> None:
     assert not {"html_block", "html_inline", "link_open", "image", "code_block", "hr"} & {
         t.type for t in found
     }
-    assert sum(token.type == "heading_open" for token in found) == 8
+    assert sum(token.type == "heading_open" for token in found) == 9
     blocks = [token.content for token in found if token.type == "fence"]
     assert len(blocks) == 4
     assert blocks[0] == "\n".join(visible(line) for line in ATTACK.split("\n")) + "\n"
@@ -136,9 +137,9 @@ def test_hostile_names_keep_tables_whole() -> None:
     honest = split(render_card(sample_report(), RECIPE))[1]
     hostile = split(render_card(hostile_report(), RECIPE))[1]
     count = [sum(t.type == "table_open" for t in tokens(body)) for body in (honest, hostile)]
-    assert count[0] == count[1] == 11
+    assert count[0] == count[1] == 13
     widths = [line.count(" ---") for line in hostile.splitlines() if line.startswith("| ---")]
-    assert widths == [2, 3, 5, 3, 3, 3, 2, 5, 4, 5, 2]
+    assert widths == [2, 3, 5, 3, 3, 6, 4, 3, 2, 5, 4, 5, 2]
 
 
 @given(st.text(min_size=1))

@@ -54,6 +54,7 @@ def test_request_is_json_for_the_served_name() -> None:
         ("MXFP4", "no CPU kernel"),
         ("FP8-block", "computes FP8-block as W8A16"),
         ("FP8_BLOCK", "computes FP8_BLOCK as W8A16"),
+        ("FP8", "cannot round activations by the stored scale of FP8"),
         ("FP8-dynamic", "minutes for a prompt"),
         ("W4A16 g64", "VLLM_CPU_INT4_W4A8=0"),
         ("W8A16", "no CPU kernel"),

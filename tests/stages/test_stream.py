@@ -22,7 +22,8 @@ from compressor.solvers.base import Solved
 from compressor.solvers.rtn import Rtn
 from compressor.stages.assemble import check_outputs
 from compressor.stages.base import Shard, Unit
-from compressor.stages.stream import shard_receipts, stream
+from compressor.stages.receipts import all_receipts
+from compressor.stages.stream import stream
 from compressor.workspace import file_sha256
 from tests.tiny import tiny_llama, tiny_llama4
 
@@ -80,7 +81,7 @@ def test_broken_read_leaves_finished_shards(source: FolderSource, tmp_path: Path
     last = shards[-1].units[-1].claims[-1].tensor.name
     with pytest.raises(CheckpointError, match="gone"):
         stream(_Counting(source, breaks_at=last), shards, CT, tmp_path, Silent())
-    assert len(shard_receipts(tmp_path)) == len(shards) - 1
+    assert len(all_receipts(tmp_path)) == len(shards) - 1
     assert not (tmp_path / names[-1]).exists()
     counting = _Counting(source)
     assert stream(counting, shards, CT, tmp_path, Silent())
@@ -98,7 +99,7 @@ def test_receipts_hold_hash_and_errors(source: FolderSource, tmp_path: Path) -> 
     """Each receipt names its shard's hash; together they hold one error a matrix."""
     shards = _shards(source, 10**9)
     stream(source, shards, CT, tmp_path, Silent())
-    (receipt,) = shard_receipts(tmp_path)
+    (receipt,) = all_receipts(tmp_path)
     assert receipt["sha256"] == file_sha256(tmp_path / "model.safetensors")
     assert len(receipt["errors"]) == 3 * 7
     assert all(0 < error["squared_error"] < error["squared_norm"] for error in receipt["errors"])

@@ -17,6 +17,7 @@ GROUPS = {
     "int8": (1, 256),
     "fp8_dynamic": (1, 256),
     "fp8_block": (128, 128),
+    "fp8_static": (1, 256),
 }
 
 

@@ -173,6 +173,17 @@ def test_a_config_of_another_meaning_is_caught(result: Path, change: dict[str, o
     assert statuses(verified(copy))["meaning"] == "failed"
 
 
+def test_another_end_of_text_is_caught(result: Path) -> None:
+    """It loads and scores as before, but does not stop where its source does."""
+    copy = copy_of(result)
+    (copy / "manifest.json").unlink()
+    generation = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 7}))
+    [found] = [check for check in verified(copy).checks if check.name == "meaning"]
+    assert found.status == "failed"
+    assert "eos_token_id is 7 instead of 255" in found.detail
+
+
 def test_another_vocabulary_is_caught(result: Path) -> None:
     """Two tokens have changed places; the second copy has ids beyond the embedding."""
     for move in (lambda ids: {71: 73, 73: 71}.get(ids, ids), lambda ids: ids + 5000 if ids > 60 else ids):
@@ -285,6 +296,28 @@ def test_insisting_on_the_engine_takes_agreement(
     assert insisted.engine.verdict == verdict
     assert insisted.passed is passed
     assert verified(copy, engine="auto").passed
+
+
+def test_a_source_without_room_is_no_floor(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is asked about the checkpoint, but not about a source that cannot be written for it."""
+    from compressor.verify import run as module
+
+    sources = []
+
+    def answering(asked: Questions, progress: Progress) -> EngineFinding:
+        sources.append(asked.source)
+        scored = tuple(map(tuple, asked.reference.checkpoint))
+        answer = EngineAnswer("vllm", "0", "cpu", "float32", (), None, scored, (), None, "done")
+        return engine_facts(answer, asked.reference, None, None)
+
+    monkeypatch.setattr(module, "question_engine", answering)
+    monkeypatch.setattr(module, "find_engine_python", lambda *given: Path("python"))
+    copy = copy_of(result)
+    assert verified(copy, engine="auto").passed
+    monkeypatch.setattr(module, "missing_room", lambda *given: "the disk is full")
+    assert verified(copy, engine="auto").passed
+    assert sources[0] is not None
+    assert sources[1] is None
 
 
 def test_exit_codes(result: Path) -> None:

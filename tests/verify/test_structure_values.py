@@ -75,6 +75,8 @@ VALUES: list[tuple[str, str, Callable[[torch.Tensor], torch.Tensor], str, str]] 
     ("NVFP4A16", f"{DOWN}.weight_global_scale", _put(4e31), "scales", "which no model has"),
     ("NVFP4A16", f"{DOWN}.weight_global_scale", _put(1e-43), "scales", "which no model has"),
     ("NVFP4A16", f"{Q}.weight_global_scale", _put(30.0), "scales", "engines fuse them"),
+    ("NVFP4", f"{Q}.input_scale", _put(0.01), "scales", "engines fuse them"),
+    ("FP8", f"{Q}.input_scale", _put(0.02), "scales", "engines fuse them"),
     ("NVFP4", f"{UP}.weight_scale_2", _put(0.03), "scales", "weight_scale_2 differs"),
     ("NVFP4", f"{DOWN}.input_scale", _put(-3e5), "scales", "not positive"),
     ("MXFP4A16", f"{DOWN}.weight_scale", _put(200), "scales", "which no model has"),

@@ -7,6 +7,7 @@ from collections.abc import Set
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.errors import CheckpointError
+from compressor.model.decode import static_input_names
 from compressor.report.words import short_name
 from compressor.verify.structure.layouts import E4M3, E8M0, FLOATS, Layout
 from compressor.verify.structure.quant_config import KvCache, Names
@@ -102,7 +103,7 @@ def _layout(scheme: QuantizationScheme, stated: str) -> Layout | None:
         tensor_scale="weight_global_scale" if form == "nvfp4-pack-quantized" else None,
         zero_point=_zero_point(form, weights),
         weight_shape=form == "pack-quantized",
-        inputs=_inputs(scheme.input_activations),
+        inputs=static_input_names(scheme.input_activations),
     )
 
 
@@ -155,13 +156,6 @@ def _shared(weights: QuantizationArgs) -> tuple[int | None, int | None]:
     if weights.strategy == "block":
         return weights.block_structure[0], weights.block_structure[1]
     raise CheckpointError(f"weights quantized by {weights.strategy!r} cannot be stored")
-
-
-def _inputs(activations: QuantizationArgs | None) -> tuple[str, ...]:
-    """The scales of activations that the checkpoint must hold."""
-    if activations is None or activations.dynamic is True:
-        return ()
-    return ("input_global_scale",) if activations.strategy == "tensor_group" else ("input_scale",)
 
 
 def _kv_cache(scheme: QuantizationArgs | None) -> KvCache | None:

@@ -54,7 +54,8 @@ def check_scales(
         _check_weight_shape(stored, module, found)
         for local in _ONE_VALUE:
             value = _one_value(stored, module, local, layout, found)
-            if value is not None and local == layout.tensor_scale and (group := fuse_group(module.name)):
+            shared = local == layout.tensor_scale or local in layout.inputs
+            if value is not None and shared and (group := fuse_group(module.name)):
                 groups[f"{group} {local}"][module.name] = value
         progress.advance(1, module.name)
     progress.finish()

@@ -1,0 +1,94 @@
+"""Receipts: written after a file of finished tensors; that there is one means that the file is whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.schemes.base import Scheme
+from compressor.solvers.base import Solved
+from compressor.spec import LinearPart
+from compressor.workspace import file_sha256, write_json
+
+
+@dataclass(frozen=True)
+class PartError:
+    """How far one stored matrix is from its source.
+
+    Attributes:
+        module: the matrix.
+        scheme: how it is stored.
+        squared_error: sum of (decoded - weight)^2.
+        squared_norm: sum of weight^2.
+        parameters: its weights.
+        solver: whose values were stored, where calibration chose between them; else None.
+        output_error: relative squared error of the layer's output on the calibration tokens, or None.
+        rtn_output_error: the same of plain round to nearest, or None.
+        tokens: how many calibration tokens reached the matrix, or None.
+        note: why another solver's values were stored than asked for, or None.
+    """
+
+    module: str
+    scheme: str
+    squared_error: float
+    squared_norm: float
+    parameters: int
+    solver: str | None = None
+    output_error: float | None = None
+    rtn_output_error: float | None = None
+    tokens: int | None = None
+    note: str | None = None
+
+    @classmethod
+    def of(cls, part: LinearPart, scheme: Scheme, solved: Solved, tokens: int | None) -> PartError:
+        """The errors of a solved matrix."""
+        return cls(
+            module=part.module,
+            scheme=scheme.label,
+            squared_error=solved.squared_error,
+            squared_norm=solved.squared_norm,
+            parameters=part.out_features * part.in_features,
+            solver=solved.used,
+            output_error=solved.output_error,
+            rtn_output_error=solved.rtn_output_error,
+            tokens=tokens,
+            note=solved.note,
+        )
+
+
+def write_receipt(folder: Path, name: str, errors: Sequence[PartError]) -> None:
+    """Writes the receipt of the finished file ``name``: its hash, and the errors of what is in it."""
+    receipt = {"sha256": file_sha256(folder / name), "errors": [asdict(error) for error in errors]}
+    write_json(_path(folder, name), receipt)
+
+
+def read_receipt(folder: Path, name: str) -> dict[str, Any] | None:
+    """The receipt of a finished file (``sha256``, ``errors``), or None where it is not finished."""
+    path = _path(folder, name)
+    if not path.is_file() or not (folder / name).is_file():
+        return None
+    receipt: dict[str, Any] = json.loads(path.read_text())
+    return receipt
+
+
+def is_whole(folder: Path, name: str) -> bool:
+    """Whether a file is finished, and still what it was when its receipt was written."""
+    receipt = read_receipt(folder, name)
+    return receipt is not None and bool(file_sha256(folder / name) == receipt["sha256"])
+
+
+def drop_receipt(folder: Path, name: str) -> None:
+    """Makes a file count as unfinished."""
+    _path(folder, name).unlink(missing_ok=True)
+
+
+def all_receipts(folder: Path) -> list[dict[str, Any]]:
+    """The receipts of a finished stage's files, in order."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.safetensors.json"))]
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"

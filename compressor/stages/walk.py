@@ -1,0 +1,213 @@
+"""The weights stage when solvers need data: block by block, each solved on the inputs that it will meet.
+
+Two streams of hidden states pass through the blocks: those of the source, and those that the result computes,
+whose blocks so far are quantized. A block's matrices are solved in the order in which they compute, on what
+the matrices before them already changed. A finished block has a file and a receipt; a killed run starts again
+at the first block without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from compressor.calibration.spec import CalibrationSpec
+from compressor.checkpoint.base import Source
+from compressor.device import pick_device
+from compressor.errors import CheckpointError
+from compressor.progress import Progress
+from compressor.stages.base import Claim, needs_data, needs_moments, needs_range
+from compressor.stages.receipts import PartError, all_receipts, drop_receipt, is_whole, write_receipt
+from compressor.stages.streams import Streams
+from compressor.stages.tokens import calibration_tokens
+from compressor.stages.walk_block import BlockWalk
+from compressor.stages.walked import WalkedTensors, layer_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from compressor.model.blocks import Block
+    from compressor.model.tape import Tape
+
+
+@dataclass(frozen=True)
+class WalkSpec:
+    """How the walk computes.
+
+    Attributes:
+        batch_tokens: tokens of one forward pass, at least one sequence.
+        dtype: of the forward passes.
+        states: where the hidden states are kept.
+        moment_bytes: most bytes of statistics that one pass over the data gathers.
+        keep_inputs: keep all that a block's matrices are fed, instead of computing it again for every step.
+    """
+
+    batch_tokens: int
+    dtype: Literal["float32", "bfloat16"]
+    states: Literal["device", "host", "disk"]
+    moment_bytes: int
+    keep_inputs: bool
+
+
+def walk_stage(
+    source: Source,
+    claims: Sequence[Claim],
+    calibration: CalibrationSpec,
+    spec: WalkSpec,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Makes the calibration tokens and walks; facts for the report: ``resumed``, and ``calibration``.
+
+    Raises:
+        CheckpointError: as ``walk``, or the source has no tokenizer.
+        UserError: as ``walk``, or a text cannot be read or is too short.
+    """
+    shown = calibration_tokens(source, calibration, folder, progress)
+    resumed = walk(source, claims, shown.ids_NT, spec, folder, progress)
+    facts = {
+        "texts": shown.counts,
+        "samples": calibration.num_samples,
+        "sequence_length": calibration.sequence_length,
+        "seed": calibration.seed,
+        "dtype": spec.dtype,
+    }
+    return {"resumed": resumed, "calibration": facts}
+
+
+def walk(
+    source: Source,
+    claims: Sequence[Claim],
+    ids_NT: torch.Tensor,
+    spec: WalkSpec,
+    folder: Path,
+    progress: Progress,
+) -> bool:
+    """Writes a file and a receipt for every block; returns whether any was found finished.
+
+    Args:
+        source: the checkpoint.
+        claims: of all its tensors; those outside of blocks are left to the stream.
+        ids_NT: int64, one full calibration sequence a row.
+        spec: how to compute.
+        folder: of the stage.
+        progress: told of every matrix.
+
+    Raises:
+        CheckpointError: the model cannot be walked, or a weight is not finite.
+        UserError: the disk is full.
+    """
+    import torch
+
+    from compressor.model.tape import Tape
+
+    with torch.no_grad():
+        feeding = any(needs_moments(claim) for claim in claims)
+        streams = Streams(folder, spec.states, pick_device(), feeding=feeding)
+        batches = torch.split(ids_NT, max(1, spec.batch_tokens // ids_NT.shape[1]))
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        tape = Tape.record(source, batches, dtype=dtype, device=streams.device, states=streams.exact)
+        by_block = _by_block(tape, claims, progress)
+        done = [is_whole(folder, layer_name(index)) for index in range(len(by_block))]
+        sizes = [sum(claim.tensor.nbytes for claim in members) for members in by_block]
+        already = sum(size for size, finished in zip(sizes, done, strict=True) if finished)
+        progress.start("walk", sum(sizes), "bytes", done=already)
+        if not all(done):
+            first = streams.begin(len(batches), done.index(False))
+            _forget_broken(folder, done)
+            finished = WalkedTensors(folder)
+            for index, block in _loaded(tape, range(first, len(by_block))):
+                work = BlockWalk(
+                    source, tape, block, by_block[index], streams, spec.moment_bytes, spec.keep_inputs
+                )
+                if done[index]:
+                    work.put_finished(finished)
+                else:
+                    path = folder / layer_name(index)
+                    errors = work.solve(path, progress, note=tape.blocks[index])
+                    write_receipt(folder, path.name, errors)
+                if index + 1 < len(by_block):
+                    work.advance()
+                    streams.keep(index + 1)
+        streams.discard()
+    _warn_of_fallbacks(folder, progress)
+    progress.finish(resumed=all(done))
+    return any(done)
+
+
+def _forget_broken(folder: Path, done: Sequence[bool]) -> None:
+    """A block whose file is not what its receipt says is solved again."""
+    for index, finished in enumerate(done):
+        if not finished:
+            drop_receipt(folder, layer_name(index))
+
+
+def _warn_of_fallbacks(folder: Path, progress: Progress) -> None:
+    """Says which matrices another solver had than the one asked for, but for those that it served as well."""
+    reasons: dict[str, list[str]] = {}
+    for receipt in all_receipts(folder):
+        for error in (PartError(**error) for error in receipt["errors"]):
+            if error.note is not None and error.output_error is None:
+                reasons.setdefault(error.note, []).append(error.module)
+    for reason, modules in reasons.items():
+        more = f" and {len(modules) - 2} more" if len(modules) > 2 else ""
+        progress.warn(f"solved without calibration data ({reason}): {', '.join(modules[:2])}{more}")
+
+
+def _by_block(tape: Tape, claims: Sequence[Claim], progress: Progress) -> list[list[Claim]]:
+    """The quantized claims of every block whose inputs can be heard; the others are left to the stream.
+
+    Raises:
+        CheckpointError: a claim needs the range of inputs that cannot be heard.
+    """
+    by_tensor = {claim.tensor.name: claim for claim in claims if claim.scheme is not None}
+    left = {name: reason for name, reason in tape.unheard.items() if name in by_tensor}
+    # What shares a tensor-level scale is solved in one place.
+    shared = {group: left[name] for name in left for group in _shared_scales(by_tensor[name])}
+    for name, claim in by_tensor.items():
+        for group in _shared_scales(claim) & shared.keys():
+            left.setdefault(name, shared[group])
+    for name in left:
+        del by_tensor[name]
+    found = [
+        [by_tensor.pop(name) for name in tape.tensors(index) if name in by_tensor]
+        for index in range(len(tape.blocks))
+    ]
+    left |= dict.fromkeys(by_tensor, "it lies in no block")
+    for claim in claims:
+        reason = left.get(claim.tensor.name)
+        if reason is not None and needs_range(claim):
+            raise CheckpointError(
+                f"its inputs cannot be measured: {reason}",
+                where=claim.tensor.name,
+                fix="give it a scheme that stores nothing of its inputs, or leave it in 16 bit with ignore",
+            )
+        if reason is not None and needs_data(claim):
+            progress.warn(f"{claim.tensor.name} is solved without calibration data: {reason}")
+    return found
+
+
+def _shared_scales(claim: Claim) -> set[str]:
+    """The fuse groups whose tensor-level scale the claim's matrices share."""
+    if claim.scheme is None or not claim.scheme.shares_tensor_scale:
+        return set()
+    return {part.fuse_group for part in claim.role.parts if part.fuse_group is not None}
+
+
+def _loaded(tape: Tape, indices: range) -> Iterator[tuple[int, Block]]:
+    """Blocks with their weights; the next is read while the present one is worked on."""
+    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+    try:
+        pending = reader.submit(tape.load, indices[0])
+        for index in indices:
+            block = pending.result()
+            if index + 1 in indices:
+                pending = reader.submit(tape.load, index + 1)
+            yield index, block
+            del block
+    finally:
+        # An interrupted run does not wait for what is being read.
+        reader.shutdown(wait=False, cancel_futures=True)
