@@ -91,8 +91,8 @@ CALIBRATIONS = st.builds(
     CalibrationSection,
     mixture=st.none() | SLUGS,
     datasets=st.lists(FILES | HUB, min_size=1, max_size=3).map(tuple),
-    num_samples=st.none() | COUNTS,
-    sequence_length=st.none() | st.integers(2, 2**24),
+    num_samples=st.none() | st.integers(1, 1_000_000),
+    sequence_length=st.none() | st.integers(2, 2**20),
     seed=st.none() | st.integers(0, 2**32 - 1),
 ) | st.builds(CalibrationSection, mixture=st.none() | SLUGS)
 
