@@ -20,7 +20,8 @@ scale still reads fluently.
 - **emulated**: this build of vLLM has no kernel for the format on the device. A test-only plug-in
   (`tests/serve/plugin`) dequantizes when loading and leaves activations unrounded, so that vLLM's own loader,
   layout and handling of scales are proven, and its kernels are not.
-- **no kernel**: vLLM refuses the format there, with its reason.
+- **no kernel**: vLLM refuses the format there, with its reason. On CPUs without AMX it has none
+  for FP8_BLOCK and for experts in INT4 either.
 - **rounded**: the engine rounds activations, as the format asks, which turns the least difference into
   another code. Two right programs are then about as far apart as source and result, and only gross faults
   would show; where none does, the rest is undecided. The noise floor is that of the checkpoint itself,

@@ -106,8 +106,8 @@ def test_a_process_is_measured_and_its_failure_raised() -> None:
     found = measured([sys.executable, "-c", "print('x' * 100_000)"])
     assert len(found["stdout"]) == 100_001
     assert found["wall_s"] > 0
-    # An interpreter takes some megabytes, and less than a gigabyte.
-    assert 2**20 < found["peak_rss_bytes"] < 2**30
+    # An interpreter takes some megabytes; no upper bound, since a child starts with its parent's peak.
+    assert found["peak_rss_bytes"] > 2**20
     with pytest.raises(Failed, match="ValueError: broken"):
         measured([sys.executable, "-c", "raise ValueError('broken')"])
     with pytest.raises(Failed, match="the limit of a run"):

@@ -25,7 +25,13 @@ _NOTES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("NVFP4A16", (_MARLIN, _NO_CPU_KERNEL)),
     ("NVFP4", (_NO_CPU_KERNEL,)),
     ("MXFP4", (_NO_CPU_KERNEL,)),
-    ("FP8BLOCK", ("On CPU, vLLM 0.32 computes {label} as W8A16; its log-probabilities agree there.",)),
+    (
+        "FP8BLOCK",
+        (
+            "On CPUs with AMX, vLLM 0.32 computes {label} as W8A16, and its log-probabilities agree; on "
+            "others it has no kernel for it.",
+        ),
+    ),
     (
         "FP8DYNAMIC",
         ("On CPU, vLLM 0.32 computes {label} value by value, minutes for a prompt: serve on a GPU.",),
