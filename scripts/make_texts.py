@@ -26,10 +26,10 @@ CHAPTERS_PER_ADDRESS = 4
 # Of each novel: chapters for prose, evenly spaced, and as many others for conversations.
 PROSE_CHAPTERS, CHAT_CHAPTERS = 4, 2
 PROSE_PAGES = (
-    *(f"tutorial/{page}" for page in ("appetite", "classes", "controlflow", "errors", "floatingpoint")),
-    *(f"tutorial/{page}" for page in ("inputoutput", "modules", "stdlib", "venv")),
-    *(f"howto/{page}" for page in ("annotations", "descriptor", "functional", "instrumentation")),
-    *(f"howto/{page}" for page in ("pyporting", "sockets", "sorting", "unicode")),
+    *(f"tutorial/{page}" for page in ("appetite", "classes", "controlflow", "datastructures", "errors")),
+    *(f"tutorial/{page}" for page in ("floatingpoint", "inputoutput", "introduction", "stdlib")),
+    *(f"howto/{page}" for page in ("annotations", "argparse", "descriptor", "enum", "functional")),
+    *(f"howto/{page}" for page in ("pyporting", "regex", "sockets", "sorting")),
 )
 REFERENCE_MODULES = (
     *("collections", "contextlib", "functools", "heapq", "itertools", "math", "random", "statistics"),
@@ -38,6 +38,8 @@ REFERENCE_MODULES = (
 # Modules of these sizes, but tables, relics and what names a licence of its own.
 MODULE_CHARS = range(5_000, 30_000)
 NOT_MODULES = re.compile(r"/(distutils|lib2to3|turtledemo|ctypes|curses|idlelib)/|_casefix|stringprep|opcode")
+# Folders of somebody's machine, which are nothing to learn from.
+MACHINE_PATH = re.compile(r"(?<![\w./])/(home|root|Users|tmp|opt|usr|work)/")
 OWN_LICENCE = re.compile(r"permission|redistribut|warrant|licen[cs]e|copyright|\(c\)", re.IGNORECASE)
 
 Document = dict[str, Any]
@@ -121,7 +123,8 @@ def chat(folder: Path) -> Iterator[Document]:
 
 def write(path: Path, documents: Iterator[Document]) -> None:
     """One JSON object a line, keys in the order given."""
-    lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
+    kept = (document for document in documents if not MACHINE_PATH.search(json.dumps(document)))
+    lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in kept]
     path.write_text("".join(lines), encoding="utf-8")
     print(f"{path}: {len(lines)} documents, {path.stat().st_size} bytes")
 
