@@ -67,8 +67,6 @@ class InputRange:
 class RangeSums:
     """Gathers an ``InputRange`` in one pass; for the same batches in any order the same, but for rounding.
 
-    Cost on one CPU core: about 4 ns a value for large batches, mostly the maxima of blocks.
-
     Args:
         in_features: I.
         device: where the inputs are; the sums take 140 KB there.
@@ -113,8 +111,7 @@ def best_e4m3_scale(heard: InputRange) -> float:
     """What inputs are divided by before they are rounded to E4M3, for all of the tensor.
 
     E4M3 is a floating-point format, so octaves differ only by what is clipped or too small. Within one, a
-    quarter more or less puts those few values that are most of the signal nearer to the grid or farther away:
-    7 percent less error than the range gives, measured on other text (28 layers of SmolLM2-135M-Instruct).
+    quarter more or less puts those few values that are most of the signal nearer to the grid or farther away.
     """
     top = _octave(heard.largest / E4M3_MAX)
     scales: list[float] = [
