@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.kernels import as_array, compiled, in_threads
+from compressor.kernels import as_array, compiled, in_threads, on_cuda
 from compressor.numerics import columns
 from compressor.numerics.grids import Grid
 
@@ -30,6 +30,10 @@ def sweep(
     grid: Grid,
 ) -> torch.Tensor:
     """See ``numerics.columns.sweep``."""
+    if on_cuda(target_BOI):
+        from compressor.kernels import column_sweep_cuda as cuda
+
+        return cuda.sweep(target_BOI, chosen_BOI, a_BII, scale_BOC, zero_BOC, group_BI, grid)
     if not compiled(target_BOI):
         return columns.sweep(target_BOI, chosen_BOI, a_BII, scale_BOC, zero_BOC, group_BI, grid)
     from compressor.kernels import column_sweep_cpu as cpu
@@ -60,6 +64,11 @@ def refit(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``numerics.columns.refit``."""
     blocks = (inverse_BCWW, a_BCWW, d_BCW)
+    if on_cuda(target_BOI):
+        from compressor.kernels import column_sweep_cuda as cuda
+
+        if d_BCW.shape[2] <= cuda.LARGEST_GROUP:
+            return cuda.refit(target_BOI, chosen_BOI, h_BII, *blocks, scale_BOCK, zero_BOCK, grid)
     if not compiled(target_BOI):
         return columns.refit(target_BOI, chosen_BOI, h_BII, *blocks, scale_BOCK, zero_BOCK, grid)
     from compressor.kernels import column_sweep_cpu as cpu

@@ -48,6 +48,20 @@ class Grid:
         values_NG = e2m1_values(codes_NG) if self.kind == "e2m1" else codes_NG.float()
         return (values_NG - zero_N[:, None]) * scale_N[:, None]
 
+    def gap(self, x: torch.Tensor) -> torch.Tensor:
+        """fp32: how far apart the two values of the grid are that ``x`` lies between.
+
+        At a value, the gap above it in magnitude; outside of the grid, the last one.
+        """
+        if self.kind == "int":
+            return torch.ones_like(x)
+        magnitude = x.abs()
+        if self.kind == "e2m1":
+            return 0.5 * (1.0 + (magnitude >= 2.0).float() + 2.0 * (magnitude >= 4.0).float())
+        # three bits of mantissa below a power of two from 2**-6 to 2**8
+        exponent = torch.frexp(magnitude.clamp(min=2.0**-9))[1].clamp(-5, 9)
+        return torch.ldexp(torch.ones_like(x), exponent - 4)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the codes."""

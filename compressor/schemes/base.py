@@ -9,6 +9,7 @@ Legend: O out_features, I in_features, G groups or blocks along I.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
-    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     from compressor.numerics.input_ranges import InputRange
     from compressor.numerics.lattice import Lattice
@@ -107,7 +108,7 @@ class Scheme(BaseModel):
     @property
     def rounds_inputs(self) -> bool:
         """Whether engines round the matrix's inputs as they compute."""
-        return self.ct_scheme([]).input_activations is not None
+        return _input_args(self) is not None
 
     def problem(self, out_features: int, in_features: int, *, fused: bool) -> str | None:
         """Why a matrix of this shape cannot be stored so (a sentence with a suggestion), or None.
@@ -156,6 +157,10 @@ class Scheme(BaseModel):
         """fp32 [O, I]: the weight that an engine computes with, from ``encode``'s tensors."""
         raise NotImplementedError
 
+    def scales(self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int) -> Scales:
+        """The scales that ``encode`` was given, from its tensors."""
+        raise NotImplementedError
+
     def free_scales(
         self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int
     ) -> FreeScales | None:
@@ -194,7 +199,7 @@ class Scheme(BaseModel):
         ``tensors``: the matrix's stored ones; only those of ``input_tensors`` are looked at. The inputs
         themselves where engines leave them alone.
         """
-        activations = self.ct_scheme([]).input_activations
+        activations = _input_args(self)
         if activations is None:
             return x_NI
         from compressor.schemes.inputs import round_rows
@@ -204,3 +209,9 @@ class Scheme(BaseModel):
     def options(self) -> dict[str, Any]:
         """The fields that differ from the defaults, for tables."""
         return self.model_dump(exclude={"kind"}, exclude_defaults=True)
+
+
+@cache
+def _input_args(scheme: Scheme) -> QuantizationArgs | None:
+    """How the library describes the rounding of a matrix's inputs; to look at only."""
+    return scheme.ct_scheme([]).input_activations

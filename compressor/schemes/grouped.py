@@ -143,6 +143,16 @@ class GroupedScheme(Scheme):
             weight_OI[chunk] = decode_rows(codes_OI, scale_BC[part], zero, (rows, columns), self._grid())
         return weight_OI
 
+    def scales(self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int) -> Scales:
+        """See ``Scheme.scales``."""
+        import torch
+
+        stored = tensors["weight_scale"]
+        # only floating-point scales are stored as they are
+        scale = stored if stored.is_floating_point() else self._load_scale(stored)
+        zero_BC = self._load_zero_point(tensors, out_features)
+        return Scales(scale, None if zero_BC is None else zero_BC.to(torch.int8))
+
     def free_scales(
         self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int
     ) -> FreeScales | None:

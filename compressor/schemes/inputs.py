@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from compressor.errors import CheckpointError
+from compressor.kernels.input_rounding import RoundGroups, twin_for
 from compressor.numerics.grids import E2M1, E4M3, INT8, Grid
 from compressor.numerics.groups import row_chunks
+from compressor.numerics.input_ranges import E4M3_FOR_ZERO
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 # No model's inputs are larger; smaller ones tell nothing.
 LARGEST = 1e8
 SMALLEST = 1e-12
+# Of values that share a scale: what one program of the kernel for CUDA holds.
+LARGEST_GROUP = 1 << 16
 _GRIDS: dict[tuple[str, int], Grid] = {("float", 4): E2M1, ("float", 8): E4M3, ("int", 8): INT8}
 
 
@@ -33,7 +37,7 @@ def round_rows(
     """The inputs rounded as ``args`` describe, in their own dtype; the arithmetic is fp32, as engines'.
 
     On fp32 inputs bit for bit what the library's ``forward_quantize`` gives. Extra memory beside the result:
-    one chunk of rows.
+    at most one chunk of rows; on CUDA none.
 
     Args:
         x_NI: the inputs.
@@ -42,10 +46,11 @@ def round_rows(
     """
     grid = _GRIDS[str(args.type), args.num_bits]
     size = args.group_size or x_NI.shape[1]
-    stored = tensors["input_scale"].to(x_NI.device).float() if args.dynamic is False else None
-    shared = None
-    if args.strategy == "tensor_group":
-        shared = tensors["input_global_scale"].to(x_NI.device).float()
+    stored = _given("input_scale", tensors, x_NI) if args.dynamic is False else None
+    shared = _given("input_global_scale", tensors, x_NI) if args.strategy == "tensor_group" else None
+    twin = twin_for(x_NI) if _has_twin(args, size) else None
+    if twin is not None:
+        return _round_at_once(twin, x_NI, size, grid, stored, shared)
     # where scales are dynamic the library adds a zero point, which makes 0 of -0; minus zero changes nothing
     zero = -0.0 if args.dynamic is False else 0.0
     rounded_NI = torch.empty_like(x_NI)
@@ -54,6 +59,36 @@ def round_rows(
         scale = _dynamic_scale(x_NCG, args, shared)[..., None] if stored is None else stored
         rounded_NI[rows] = (grid.round(x_NCG / scale + zero) * scale).flatten(1).to(x_NI.dtype)
     return rounded_NI
+
+
+def _given(name: str, tensors: Mapping[str, torch.Tensor], x_NI: torch.Tensor) -> torch.Tensor:
+    """A stored scale beside the inputs; the device need not be waited for."""
+    return tensors[name].to(x_NI.device, torch.float32, non_blocking=True)
+
+
+def _has_twin(args: QuantizationArgs, size: int) -> bool:
+    """Whether scales are fp32, or E4M3 under a tensor-level one, and a group fits a kernel."""
+    plain = args.strategy != "tensor_group" and args.scale_dtype is None
+    return size <= LARGEST_GROUP and (plain or args.scale_dtype == torch.float8_e4m3fn)
+
+
+def _round_at_once(
+    twin: RoundGroups,
+    x_NI: torch.Tensor,
+    size: int,
+    grid: Grid,
+    stored: torch.Tensor | None,
+    shared: torch.Tensor | None,
+) -> torch.Tensor:
+    """As ``round_rows``, without temporaries of torch's."""
+    # the library divides by half of what lies between the bounds, and has these scales for groups of zeros
+    half_range = (grid.high - grid.low) / 2
+    if stored is not None:
+        return twin(x_NI, size, grid, "stored", stored, half_range=half_range, smallest=0.0)
+    if shared is not None:
+        return twin(x_NI, size, grid, "e4m3", shared, half_range=half_range, smallest=E4M3_FOR_ZERO)
+    smallest = torch.finfo(torch.float32).eps
+    return twin(x_NI, size, grid, "own", None, half_range=half_range, smallest=smallest)
 
 
 def _dynamic_scale(x_NCG: torch.Tensor, args: QuantizationArgs, shared: torch.Tensor | None) -> torch.Tensor:

@@ -113,6 +113,10 @@ class Nvfp4A16(Scheme):
             weight_OI[rows] = decode_rows(codes_OI, scale_OC[rows], None, (1, BLOCK), E2M1)
         return weight_OI
 
+    def scales(self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int) -> Scales:
+        """See ``Scheme.scales``."""
+        return Scales(tensors["weight_scale"].float(), global_scale=tensors["weight_global_scale"])
+
     def free_scales(
         self, tensors: dict[str, torch.Tensor], out_features: int, in_features: int
     ) -> FreeScales | None:

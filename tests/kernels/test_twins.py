@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import compressor.kernels as kernels
-from compressor.numerics import nvfp4_search, scale_search
+from compressor.kernels.input_rounding import twin_for
+from compressor.kernels.input_rounding_cpu import round_groups
+from compressor.numerics import groups, nvfp4_search, scale_search
 from compressor.numerics.grids import E2M1, E4M3, INT4, INT8, Grid
+from compressor.schemes import inputs, parse_scheme
 from tests.numerics.blocks import hard_blocks, importances
+from tests.schemes.cases import hard_inputs, some_range, wild_inputs
 
 GRIDS = pytest.mark.parametrize("grid", [E2M1, E4M3, INT4, INT8], ids=["e2m1", "e4m3", "int4", "int8"])
 
@@ -44,6 +51,35 @@ def test_nvfp4_search(name: str, weighted: bool, threads: int) -> None:
     assert torch.equal(
         kernels.search_nvfp4(blocks, importance), nvfp4_search.search_codes(blocks, importance)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8_dynamic", "fp8_block", "fp8_static", "int8"])
+def test_input_rounding(kind: str, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of zeros and what is not finite included, in any layout of memory and any number of chunks."""
+    scheme = parse_scheme({"kind": "int8", "activations": "dynamic"} if kind == "int8" else kind)
+    tensors = scheme.input_tensors(some_range(hard_inputs()))
+    x_NI = wild_inputs().to(dtype)
+    before = x_NI.clone()
+    twins = (twin_for(x_NI), None)
+    assert twins[0] is round_groups
+    for chunk, some_NI in (
+        (groups.CHUNK_VALUES, x_NI),
+        (256 * 9, x_NI),
+        (256 * 9, x_NI[:, :128]),
+        (256 * 9, x_NI.T.contiguous().T),
+        (256 * 9, x_NI[:1]),
+        (256 * 9, x_NI[:0]),
+    ):
+        monkeypatch.setattr(groups, "CHUNK_VALUES", chunk)
+        found = []
+        for twin in twins:
+            monkeypatch.setattr(inputs, "twin_for", lambda _, twin=twin: twin)
+            found.append(scheme.round_inputs(some_NI, tensors).float())
+        ours, expected = found
+        same = ours.view(torch.int32) == expected.view(torch.int32)
+        assert (same | (ours.isnan() & expected.isnan())).all()
+    assert torch.equal(x_NI.nan_to_num(), before.nan_to_num())
 
 
 def test_nvfp4_importance_repeats_by_row(threads: int) -> None:
@@ -118,3 +154,42 @@ def test_without_numba_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None
         )
     finally:
         kernels._has_numba.cache_clear()
+
+
+def test_without_triton_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no kernel can be built, that is said, and CUDA tensors are left to torch."""
+    monkeypatch.setitem(sys.modules, "compressor.kernels.grid_codes_cuda", None)
+    kernels._has_triton.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Triton does not work here"):
+            assert not kernels._has_triton(torch.device("cpu"))
+    finally:
+        kernels._has_triton.cache_clear()
+    assert not kernels.on_cuda(torch.ones(1))
+
+
+def test_kernels_wait_for_what_compiles_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of others wait, those of the thread itself do not, and its errors are nobody's."""
+    monkeypatch.setattr(kernels, "_ahead", [])
+    monkeypatch.setattr(kernels, "_has_triton", lambda device: True)
+    tensor, go_on = SimpleNamespace(device=torch.device("cuda")), Event()
+    seen: list[str] = []
+
+    def use() -> None:
+        assert kernels.on_cuda(tensor)  # type: ignore[arg-type]
+        seen.append("ahead")
+        go_on.wait(10)
+        raise RuntimeError("out of memory")
+
+    def call() -> None:
+        kernels.on_cuda(tensor)  # type: ignore[arg-type]
+        seen.append("call")
+
+    kernels.compile_ahead(use)
+    other = Thread(target=call)
+    other.start()
+    other.join(0.2)
+    assert other.is_alive()
+    go_on.set()
+    other.join(10)
+    assert seen == ["ahead", "call"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from compressor.numerics.input_ranges import InputRange, RangeSums
 from compressor.schemes import parse_scheme
 from compressor.schemes.base import Scheme
 
@@ -55,3 +56,34 @@ def matrices() -> dict[str, torch.Tensor]:
 def applicable(scheme: Scheme, weight: torch.Tensor) -> bool:
     """Whether the scheme takes a matrix of this shape."""
     return scheme.problem(weight.shape[0], weight.shape[1], fused=False) is None
+
+
+def hard_inputs() -> torch.Tensor:
+    """fp32 [N, I] with zeros, an outlier, ties of both grids and a row that is next to nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x_NI = torch.randn(70, 256, generator=generator) * torch.rand(70, 1, generator=generator) * 4
+    x_NI[3] = 0
+    x_NI[5] = 1e-20
+    x_NI[7, :16] = 0
+    x_NI[9, 4] = 900.0
+    x_NI[11] = torch.arange(256) / 4 - 20
+    x_NI[12] = torch.tensor(
+        [0.25, -0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -6.0, 0.0, -0.0, 448, 464, 17, 19]
+    ).repeat(16)
+    return x_NI
+
+
+def wild_inputs() -> torch.Tensor:
+    """``hard_inputs`` with zeros below 0, next to nothing beside ordinary values, and what is not finite."""
+    x_NI = hard_inputs()
+    x_NI[13] = -0.0
+    x_NI[14, :7] = torch.tensor([-1e-30, 1e-30, -1e-45, -1e-5, 1e-3, -1e-2, 2e-3])
+    x_NI[20, 3], x_NI[21, 100], x_NI[22, 7] = float("nan"), float("inf"), -float("inf")
+    return x_NI
+
+
+def some_range(x_NI: torch.Tensor) -> InputRange:
+    """What calibration hears of these inputs alone."""
+    sums = RangeSums(x_NI.shape[1], "cpu")
+    sums.add(x_NI)
+    return sums.result()

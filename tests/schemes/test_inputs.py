@@ -12,34 +12,13 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 
 from compressor.errors import CheckpointError
 from compressor.numerics import groups
-from compressor.numerics.input_ranges import InputRange, RangeSums
+from compressor.numerics.input_ranges import RangeSums
 from compressor.schemes import parse_scheme
 from compressor.schemes.base import Scheme
-from tests.schemes.cases import LABELS, SCHEMES
+from tests.schemes.cases import LABELS, SCHEMES, hard_inputs, some_range
 
 ROUNDING = [scheme for scheme in SCHEMES if scheme.rounds_inputs]
 STATIC = [scheme for scheme in SCHEMES if scheme.static_inputs]
-
-
-def _inputs() -> torch.Tensor:
-    """fp32 [N, I] with zeros, an outlier, ties of both grids and a row that is next to nothing."""
-    generator = torch.Generator().manual_seed(0)
-    x_NI = torch.randn(70, 256, generator=generator) * torch.rand(70, 1, generator=generator) * 4
-    x_NI[3] = 0
-    x_NI[5] = 1e-20
-    x_NI[7, :16] = 0
-    x_NI[9, 4] = 900.0
-    x_NI[11] = torch.arange(256) / 4 - 20
-    x_NI[12] = torch.tensor(
-        [0.25, -0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -6.0, 0.0, -0.0, 448, 464, 17, 19]
-    ).repeat(16)
-    return x_NI
-
-
-def _heard(x_NI: torch.Tensor) -> InputRange:
-    sums = RangeSums(x_NI.shape[1], "cpu")
-    sums.add(x_NI)
-    return sums.result()
 
 
 def _by_library(scheme: Scheme, x_NI: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -54,8 +33,8 @@ def _by_library(scheme: Scheme, x_NI: torch.Tensor, tensors: dict[str, torch.Ten
 @pytest.mark.parametrize("scheme", ROUNDING, ids=lambda scheme: scheme.label)
 def test_rounded_as_the_library_does(scheme: Scheme) -> None:
     """Bit for bit on fp32; on 16-bit inputs the same arithmetic in fp32, rounded once at the end."""
-    x_NI = _inputs()
-    tensors = scheme.input_tensors(_heard(x_NI))
+    x_NI = hard_inputs()
+    tensors = scheme.input_tensors(some_range(x_NI))
     rounded = scheme.round_inputs(x_NI, tensors)
     theirs = _by_library(scheme, x_NI, tensors)
     assert torch.equal(rounded.view(torch.int32), theirs.view(torch.int32))
@@ -69,8 +48,8 @@ def test_rounded_as_the_library_does(scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", ROUNDING, ids=lambda scheme: scheme.label)
 def test_chunks_and_no_rows(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row is rounded by itself."""
-    x_NI = _inputs()
-    tensors = scheme.input_tensors(_heard(x_NI))
+    x_NI = hard_inputs()
+    tensors = scheme.input_tensors(some_range(x_NI))
     whole = scheme.round_inputs(x_NI, tensors)
     monkeypatch.setattr(groups, "CHUNK_VALUES", 256 * 9)
     assert torch.equal(scheme.round_inputs(x_NI, tensors), whole)
@@ -83,19 +62,19 @@ def test_which_schemes_do_what() -> None:
     assert {scheme.label for scheme in ROUNDING} == {
         *("NVFP4", "MXFP4", "FP8_DYNAMIC", "FP8_BLOCK", "FP8", "W8A8"),
     }
-    x_NI = _inputs()
+    x_NI = hard_inputs()
     for scheme in SCHEMES:
         if not scheme.rounds_inputs:
             assert scheme.round_inputs(x_NI, {}) is x_NI
         if not scheme.static_inputs:
-            assert scheme.input_tensors(_heard(x_NI)) == {}
+            assert scheme.input_tensors(some_range(x_NI)) == {}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=LABELS)
 def test_stored_scales_are_those_listed(scheme: Scheme) -> None:
     """Of ``outputs``, ``input_tensors`` makes those of the inputs, ``encode`` all others."""
     listed = {header.name: (header.dtype, header.shape) for header in scheme.outputs("m", 128, 256)}
-    made = scheme.input_tensors(_heard(_inputs()))
+    made = scheme.input_tensors(some_range(hard_inputs()))
     assert {name for name in listed if name.startswith("m.input")} == {f"m.{local}" for local in made}
     for local, tensor in made.items():
         assert (tensor.dtype, tuple(tensor.shape)) == (torch.float32, (1,))
@@ -109,7 +88,7 @@ def test_error_is_near_the_least(scheme: Scheme, scale: float) -> None:
     generator = torch.Generator().manual_seed(1)
     channels = torch.exp(torch.randn(256, generator=generator))
     x_NI = torch.randn(2000, 256, generator=generator) * channels * scale
-    tensors = scheme.input_tensors(_heard(x_NI))
+    tensors = scheme.input_tensors(some_range(x_NI))
     ((name, chosen),) = tensors.items()
 
     def error(factor: float) -> float:
@@ -125,12 +104,12 @@ def test_one_outlier_does_not_set_the_range(scheme: Scheme) -> None:
     """Min-max of one row a million times as long as the others would leave those hardly a code."""
     x_NI = torch.randn(4096, 256, generator=torch.Generator().manual_seed(2))
     x_NI[17] *= 1e7
-    tensors = scheme.input_tensors(_heard(x_NI))
+    tensors = scheme.input_tensors(some_range(x_NI))
     others = torch.arange(len(x_NI)) != 17
     miss = (scheme.round_inputs(x_NI, tensors) - x_NI)[others]
     kept = float(miss.square().sum() / x_NI[others].square().sum())
     dynamic = parse_scheme("fp8_dynamic" if scheme.label == "FP8" else "nvfp4")
-    alone = {} if scheme.label == "FP8" else scheme.input_tensors(_heard(x_NI[others]))
+    alone = {} if scheme.label == "FP8" else scheme.input_tensors(some_range(x_NI[others]))
     floor = dynamic.round_inputs(x_NI[others], alone) - x_NI[others]
     assert kept < 1.1 * float(floor.square().sum() / x_NI[others].square().sum())
 
@@ -141,17 +120,20 @@ def test_no_scale_that_says_nothing(scheme: Scheme) -> None:
     with pytest.raises(CheckpointError, match="no token of the calibration text reached it"):
         scheme.input_tensors(RangeSums(256, "cpu").result())
     for value in (float("nan"), float("inf"), -float("inf")):
-        x_NI = _inputs()
+        x_NI = hard_inputs()
         x_NI[20, 3] = value
         with pytest.raises(CheckpointError, match="not finite"):
-            scheme.input_tensors(_heard(x_NI))
+            scheme.input_tensors(some_range(x_NI))
         # not forgotten beside others
-        for merged in (_heard(x_NI).merge(_heard(_inputs())), _heard(_inputs()).merge(_heard(x_NI))):
+        for merged in (
+            some_range(x_NI).merge(some_range(hard_inputs())),
+            some_range(hard_inputs()).merge(some_range(x_NI)),
+        ):
             with pytest.raises(CheckpointError, match="not finite"):
                 scheme.input_tensors(merged)
     with pytest.raises(CheckpointError, match="reach 4e"):
-        scheme.input_tensors(_heard(torch.full((4, 256), 4e12)))
+        scheme.input_tensors(some_range(torch.full((4, 256), 4e12)))
     for x_NI in (torch.zeros(5, 256), torch.full((5, 256), 1e-30)):
-        tensors = scheme.input_tensors(_heard(x_NI))
+        tensors = scheme.input_tensors(some_range(x_NI))
         ones = torch.linspace(-1, 1, 256)[None]
         assert float((scheme.round_inputs(ones, tensors) - ones).abs().max()) < 0.2
