@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# glibc's malloc.h; blocks of so many bytes have pages of their own.
+_M_MMAP_THRESHOLD, _RETURNED_BYTES = -3, 4 << 20
+_M_ARENA_MAX = -8
 _BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 
 
@@ -84,6 +89,30 @@ def _cpu_flags() -> set[str]:
         return set()
     flags = next((line for line in lines if line.startswith("flags")), "")
     return set(flags.partition(":")[2].split())
+
+
+def return_freed_memory() -> None:
+    """From now on the C library gives tensors of some MB back to the system as soon as they are freed.
+
+    Left to itself, glibc raises that size up to 32 MB, and each thread keeps what it frees for itself. Other
+    C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if platform.libc_ver()[0] == "glibc" and mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)
+        mallopt(_M_ARENA_MAX, 1)
+
+
+def collect_memory() -> None:
+    """Collects what is no longer used and has glibc return it to the system.
+
+    Of what is freed, it keeps all blocks that are smaller than those that it maps by themselves (32 MB, if
+    ``return_freed_memory`` set no other size), and loaders' threads allocate from heaps of their own.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def available_device_bytes() -> int:

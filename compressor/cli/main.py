@@ -81,6 +81,8 @@ def main() -> None:
     """Entry point: runs the command line and exits with the contract's status."""
     # GNU OpenMP's waiting threads spin: beside other work on few cores that costs ten times what it saves.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Tensors in pages of 2 MB where the system has them: a third less of its time in a walk.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGTERM, _terminate)
     code = _run(sys.argv[1:])
     sys.stdout.flush()

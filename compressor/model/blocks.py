@@ -108,8 +108,30 @@ class Block:
 
     def weight(self, part: LinearPart) -> torch.Tensor:
         """The matrix ``[O, I]`` of a part as it is now: a view in the block's dtype, changed by ``put``."""
+        return self.matrix_in(part, self.parameter_of(part).detach())
+
+    def parameter_of(self, part: LinearPart) -> nn.Parameter:
+        """The parameter that the matrix of a part lies in, perhaps with others."""
         place = self._places[part.module]
-        return place.view(self.module.get_parameter(place.parameter.removeprefix(f"{self.path}.")).detach())
+        return self.module.get_parameter(place.parameter.removeprefix(f"{self.path}."))
+
+    def matrix_in(self, part: LinearPart, like_parameter: torch.Tensor) -> torch.Tensor:
+        """The matrix ``[O, I]`` of a part as a view of a tensor laid out as its parameter."""
+        return self._places[part.module].view(like_parameter)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where its matrices lie."""
+        return tuple(self._places.values())
+
+    def parameter(self, name: str, *, own: bool = False) -> torch.Tensor:
+        """A parameter by its name relative to the block, to be changed in place.
+
+        ``own``: not that of the twin, if the two have it in common.
+        """
+        if own:
+            self._own(name)
+        return self.module.get_parameter(name).detach()
 
     def put(self, part: LinearPart, weight_OI: torch.Tensor) -> None:
         """Replaces the matrix of a part by values of any dtype and device."""
@@ -119,6 +141,17 @@ class Block:
             f"{part.module}: {tuple(weight_OI.shape)} is not {tuple(matrix_OI.shape)}"
         )
         matrix_OI.copy_(weight_OI)
+
+    def drop(self, kept: Sequence[LinearPart]) -> None:
+        """Lets go of all parameters but those of some matrices; the block computes no more.
+
+        The twin keeps what it has in common with the block.
+        """
+        names = {self._places[part.module].parameter.removeprefix(f"{self.path}.") for part in kept}
+        for path, inner in self.module.named_modules():
+            for leaf, parameter in inner._parameters.items():
+                if parameter is not None and ".".join(filter(None, (path, leaf))) not in names:
+                    inner._parameters[leaf] = as_parameter(parameter.detach().to("meta"))
 
     def round_inputs(self, part: LinearPart, rounding: Rounding) -> None:
         """From now on the module of a part multiplies rounded inputs, those of all its matrices.

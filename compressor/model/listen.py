@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from compressor.errors import CheckpointError
 from compressor.model.routed import DOWN, UP, Listener, Rounding, heard_forward, is_expert_owner
@@ -55,6 +56,12 @@ class Layout:
         """Modules that one pass calls several times."""
         ears = (ear for step in self.steps for ear in step if not ear.once)
         return frozenset(owner for ear in ears for owner in ear.owners)
+
+    @property
+    def waits_well(self) -> bool:
+        """Whether a pass can wait at each step: before it multiplies what the step hears by anything."""
+        firsts = [step[0].first for step in self.steps]
+        return firsts == sorted(firsts) and all(len(step) == 1 and step[0].once for step in self.steps)
 
 
 # Address, elements, version, width and last stride: equal for two uses of the same rows.
@@ -155,7 +162,7 @@ def _steps(ears: Sequence[tuple[Ear, _Input]]) -> tuple[tuple[Ear, ...], ...]:
     return tuple(tuple(step) for step in steps.values())
 
 
-class _Enough(BaseException):
+class Enough(BaseException):
     """Leaves a block's forward when the wanted step was heard."""
 
 
@@ -163,14 +170,26 @@ class _Enough(BaseException):
 Heard = Callable[[Ear, int | None, torch.Tensor, torch.Tensor | None], None]
 
 
-class _Counting:
-    """Tells when the wanted step was heard, or cannot be heard any more."""
+# Waits until the next wish: the step to hear next, or None for the block's end.
+Wait = Callable[[], "int | None"]
 
-    def __init__(self, layout: Layout, until: int | None) -> None:
-        wanted = layout.steps[until] if until is not None else ()
-        self._last = max((ear.last for ear in wanted), default=None)
-        self._missing = {ear for step in layout.steps for ear in step} if until is None else set(wanted)
-        self._again = not all(ear.once for ear in wanted)
+
+class Listening:
+    """What one pass hears, and how far it goes: counts the ears of the wanted step.
+
+    Args:
+        layout: of the block.
+        heard: told the inputs.
+        until: the step after which the pass stops; None for none.
+        wait: called in place of stopping; the pass goes on when it returns.
+    """
+
+    def __init__(self, layout: Layout, heard: Heard, until: int | None, wait: Wait | None = None) -> None:
+        self.heard = heard
+        self._layout = layout
+        self._wait = wait
+        self._done: set[Ear] = set()
+        self._want(until)
 
     @property
     def never(self) -> list[str]:
@@ -178,13 +197,128 @@ class _Counting:
         return sorted(ear.owners[0] for ear in self._missing)
 
     def before(self, ear: Ear) -> None:
-        if self._last is not None and ear.first > self._last:
-            raise _Enough
+        """Called when a pass comes to an ear."""
+        while self._last is not None and ear.first > self._last:
+            self._reached()
 
     def after(self, ear: Ear) -> None:
+        """Called when all of it was heard."""
+        self._done.add(ear)
         self._missing.discard(ear)
         if self._last is not None and not self._missing and not self._again:
-            raise _Enough
+            self._reached()
+
+    def _want(self, until: int | None) -> None:
+        wanted = self._layout.steps[until] if until is not None else ()
+        self._last = max((ear.last for ear in wanted), default=None)
+        every = {ear for step in self._layout.steps for ear in step}
+        self._missing = (every if until is None else set(wanted)) - self._done
+        self._again = not all(ear.once for ear in wanted)
+
+    def _reached(self) -> None:
+        if self._wait is None:
+            raise Enough
+        self._want(self._wait())
+
+
+class Ears:
+    """The ears of a block, put up for as long as the context lasts.
+
+    Attributes:
+        listening: the pass that computes now; several may be under way by turns.
+
+    Args:
+        module: the block.
+        layout: its.
+        rounding: module of experts and phase -> what is done to inputs after they were heard; what is added
+            while a pass waits counts from there on.
+    """
+
+    listening: Listening
+
+    def __init__(
+        self, module: nn.Module, layout: Layout, rounding: Mapping[tuple[str, str], Rounding]
+    ) -> None:
+        self._module = module
+        self._rounding = rounding
+        self._by_owner: dict[str, list[Ear]] = defaultdict(list)
+        for step in layout.steps:
+            for ear in step:
+                self._by_owner[ear.owners[0]].append(ear)
+        self._handles: list[RemovableHandle] = []
+        self._replaced: list[nn.Module] = []
+
+    def __enter__(self) -> Ears:
+        try:
+            for name, ears in self._by_owner.items():
+                owner = self._module.get_submodule(name)
+                if ears[0].phase:
+                    owner.forward = heard_forward(
+                        owner, self._expert_ear(ears), _OfModule(self._rounding, name)
+                    )
+                    self._replaced.append(owner)
+                else:
+                    self._handles.append(owner.register_forward_pre_hook(self._linear_ear(ears[0])))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for owner in self._replaced:
+            del owner.forward
+        self._handles, self._replaced = [], []
+
+    def _linear_ear(self, ear: Ear) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], Any]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+            known = set(module._forward_pre_hooks)
+            listening = self.listening
+            listening.before(ear)
+            listening.heard(ear, None, args[0].reshape(-1, args[0].shape[-1]), None)
+            listening.after(ear)
+            # torch has listed the hooks of this call already: those that came while the pass waited, which
+            # round the input, are not among them
+            for key, late in list(module._forward_pre_hooks.items()):
+                if key not in known:
+                    args = late(module, args)
+            return args
+
+        return hook
+
+    def _expert_ear(self, ears: Sequence[Ear]) -> Listener:
+        of_phase = {ear.phase: ear for ear in ears}
+
+        def listener(phase: str, rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+            ear = of_phase.get(phase)
+            if ear is None:
+                return
+            listening = self.listening
+            listening.before(ear)
+            for expert, (x, tokens) in enumerate(rows):
+                if len(x):
+                    listening.heard(ear, expert, x, tokens)
+            listening.after(ear)
+
+        return listener
+
+
+class _OfModule(Mapping[str, Rounding]):
+    """Phase -> rounding of one module, as it is when it is looked up."""
+
+    def __init__(self, rounding: Mapping[tuple[str, str], Rounding], name: str) -> None:
+        self._rounding = rounding
+        self._name = name
+
+    def __getitem__(self, phase: str) -> Rounding:
+        return self._rounding[self._name, phase]
+
+    def __iter__(self) -> Iterator[str]:
+        return (phase for name, phase in self._rounding if name == self._name)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def listen(
@@ -203,72 +337,20 @@ def listen(
     Raises:
         CheckpointError: a layer that the rehearsal used was not used now.
     """
-    counting = _Counting(layout, until)
-    with _ears(module, layout, heard, counting, rounding):
+    listening = Listening(layout, heard, until)
+    with Ears(module, layout, rounding) as ears:
+        ears.listening = listening
         try:
             made = call.replay(module, hidden)
-        except _Enough:
+        except Enough:
             return None
-    if counting.never:
-        raise CheckpointError(
-            "the block passes this layer by, so that its input cannot be heard", where=counting.never[0]
-        )
+    check_heard(listening)
     return None if until is not None else made
 
 
-@contextmanager
-def _ears(
-    module: nn.Module,
-    layout: Layout,
-    heard: Heard,
-    counting: _Counting,
-    rounding: Mapping[tuple[str, str], Rounding],
-) -> Iterator[None]:
-    by_owner: dict[str, list[Ear]] = defaultdict(list)
-    for step in layout.steps:
-        for ear in step:
-            by_owner[ear.owners[0]].append(ear)
-    handles = []
-    replaced = []
-    try:
-        for name, ears in by_owner.items():
-            owner = module.get_submodule(name)
-            if ears[0].phase:
-                rounded = {phase: made for (of, phase), made in rounding.items() if of == name}
-                owner.forward = heard_forward(owner, _expert_ear(ears, heard, counting), rounded)
-                replaced.append(owner)
-            else:
-                handles.append(owner.register_forward_pre_hook(_linear_ear(ears[0], heard, counting)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for owner in replaced:
-            del owner.forward
-
-
-def _linear_ear(
-    ear: Ear, heard: Heard, counting: _Counting
-) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        counting.before(ear)
-        heard(ear, None, args[0].reshape(-1, args[0].shape[-1]), None)
-        counting.after(ear)
-
-    return hook
-
-
-def _expert_ear(ears: Sequence[Ear], heard: Heard, counting: _Counting) -> Listener:
-    of_phase = {ear.phase: ear for ear in ears}
-
-    def listener(phase: str, rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        ear = of_phase.get(phase)
-        if ear is None:
-            return
-        counting.before(ear)
-        for expert, (x, tokens) in enumerate(rows):
-            if len(x):
-                heard(ear, expert, x, tokens)
-        counting.after(ear)
-
-    return listener
+def check_heard(listening: Listening) -> None:
+    """Raises CheckpointError where a pass came to its end without what it ought to have heard."""
+    if listening.never:
+        raise CheckpointError(
+            "the block passes this layer by, so that its input cannot be heard", where=listening.never[0]
+        )

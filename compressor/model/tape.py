@@ -18,8 +18,9 @@ from compressor.checkpoint.base import Source
 from compressor.model.blocks import Block, Site, site_name, sites_of
 from compressor.model.decoder import Decoder
 from compressor.model.hidden import HiddenStates
-from compressor.model.listen import Ear, listen
+from compressor.model.listen import Ear, Ears, Heard, listen
 from compressor.model.outside import Outside, as_parameter
+from compressor.model.paused import PausedPasses
 from compressor.model.stubs import Call
 
 # Site, the rows [N, I] that reach it, and for an expert their positions in the flattened batch [B * T], else
@@ -59,6 +60,7 @@ class Tape:
         self._device = device
         self._outside = Outside(decoder.tensors.model, device)
         self._head_open = False
+        self._small: tuple[list[Call], torch.Tensor] | None = None
 
     @classmethod
     def record(
@@ -69,6 +71,7 @@ class Tape:
         dtype: torch.dtype,
         device: torch.device,
         states: HiddenStates,
+        small: torch.Tensor | None = None,
     ) -> Tape:
         """Runs what lies before the blocks; ``states`` then holds each batch's input of the first block.
 
@@ -78,6 +81,7 @@ class Tape:
             dtype: of the parameters, as ``load.set_dtype`` casts them; buffers keep theirs.
             device: that computes.
             states: filled by this.
+            small: ids of a few tokens, for ``rehearse``; they pass no block otherwise.
 
         Raises:
             CheckpointError: as ``check_walkable``, or a tensor cannot be read.
@@ -91,6 +95,8 @@ class Tape:
                 calls, hidden = decoder.recorder.record(ids_BT.to(device))
                 tape._calls.append(calls)
                 states.put(batch, hidden)
+            if small is not None:
+                tape._small = decoder.recorder.record(small.to(device))
         finally:
             tape._outside.close()
         return tape
@@ -110,7 +116,7 @@ class Tape:
         return sites_of(self.blocks[index], self._decoder.layouts[index], self._decoder.places[index])
 
     def load(self, index: int) -> Block:
-        """A block with its real weights on the device; may run in another thread than ``run``.
+        """A block with its real weights, in host memory until ``place``; may run in a thread beside ``run``.
 
         Raises:
             CheckpointError: a tensor cannot be read.
@@ -122,7 +128,7 @@ class Tape:
             for leaf, tensor in [*inner._parameters.items(), *inner._buffers.items()]:
                 if tensor is None:
                     continue
-                made = self._empty(tensor) if tensor.is_meta else tensor.to(self._device)
+                made = self._empty(tensor, waiting=True) if tensor.is_meta else tensor
                 if leaf in inner._buffers:
                     inner._buffers[leaf] = made
                 else:
@@ -133,6 +139,18 @@ class Tape:
         places = {place.part.module: place for place in self._decoder.places[index]}
         return Block(path, index, module, self._decoder.layouts[index], self.steps(index), places)
 
+    def place(self, block: Block) -> Block:
+        """The same block, brought to the device that computes."""
+        for inner in block.module.modules():
+            for name, parameter in inner._parameters.items():
+                if parameter is not None and parameter.device != self._device:
+                    moved = parameter.detach().to(self._device, non_blocking=True)
+                    inner._parameters[name] = as_parameter(moved)
+            for name, buffer in inner._buffers.items():
+                if buffer is not None:
+                    inner._buffers[name] = buffer.to(self._device, non_blocking=True)
+        return block
+
     def run(
         self,
         block: Block,
@@ -141,6 +159,7 @@ class Tape:
         *,
         hear: Hear | None = None,
         until: int | None = None,
+        gradients: bool = False,
     ) -> torch.Tensor | None:
         """The block's output [B, T, H] for one batch of ``states``, which it leaves as they are.
 
@@ -150,29 +169,46 @@ class Tape:
             batch: which of the recorded ones.
             hear: told the input of every site, before it is multiplied; experts without tokens are left out.
             until: stop as soon as this step was heard, with None for the output.
+            gradients: whether the output leads back to the block's parameters.
 
         Raises:
             CheckpointError: a site is passed by.
         """
         call = self._calls[batch][block.index]
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             hidden = states.get(batch)
             assert until is None or hear is not None, "nothing is heard"
             if hear is None and not block.rounding:
                 return call.replay(block.module, hidden)
-            sites = {site.name: site for step in block.steps for site in step}
-
-            def heard(
-                ear: Ear, expert: int | None, x_NI: torch.Tensor, tokens_N: torch.Tensor | None
-            ) -> None:
-                if hear is None:
-                    return
-                name = (
-                    f"{block.path}.{ear.owners[0]}" if expert is None else site_name(block.path, ear, expert)
-                )
-                hear(sites[name], x_NI, tokens_N)
-
+            heard = _by_site(block, hear)
             return listen(block.module, call, hidden, block.layout, heard, until, block.rounding)
+
+    @property
+    def small_hidden(self) -> torch.Tensor:
+        """[B, T, H]: the hidden states of the few tokens that were recorded for ``rehearse``."""
+        assert self._small is not None, "the tape was recorded without them"
+        return self._small[1]
+
+    def rehearse(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output for hidden states of the shape of ``small_hidden``."""
+        assert self._small is not None, "the tape was recorded without them"
+        with torch.no_grad():
+            return self._small[0][block.index].replay(block.module, hidden)
+
+    def tensor_of(self, parameter: str) -> str | None:
+        """The source tensor that a parameter, by its full name, is; None where it is made of several."""
+        pieces = self._decoder.tensors.pieces.get(parameter, ())
+        whole = len(pieces) == 1 and pieces[0].expert is None and not pieces[0].start
+        return pieces[0].tensor if whole else None
+
+    def paused(self, block: Block, states: HiddenStates) -> PausedPasses[Hear]:
+        """Passes of the batches of ``states``, which stay as they are, that wait at each step."""
+        return PausedPasses(
+            Ears(block.module, block.layout, block.rounding),
+            block.layout,
+            lambda batch: self._calls[batch][block.index].replay(block.module, states.get(batch)),
+            lambda hear: _by_site(block, hear),
+        )
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits [B, T, vocabulary] of the last block's output; the head stays loaded until ``close``.
@@ -190,12 +226,31 @@ class Tape:
         self._outside.close()
         self._head_open = False
 
-    def _empty(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Memory for a parameter in the tape's dtype, or for a stored buffer in its own."""
+    def _empty(self, tensor: torch.Tensor, *, waiting: bool = False) -> torch.Tensor:
+        """Memory for a parameter in the tape's dtype, or for a stored buffer in its own.
+
+        ``waiting``: of the host, from where the device takes it fast.
+        """
         cast = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-        return torch.empty(tensor.shape, dtype=self._dtype if cast else tensor.dtype, device=self._device)
+        dtype = self._dtype if cast else tensor.dtype
+        if waiting and self._device.type != "cpu":
+            return torch.empty(tensor.shape, dtype=dtype, pin_memory=True)
+        return torch.empty(tensor.shape, dtype=dtype, device=self._device)
 
     def _make(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         made = self._empty(tensor)
         self._decoder.tensors.fill(self._decoder.source, {name: made})
         return made
+
+
+def _by_site(block: Block, hear: Hear | None) -> Heard:
+    """What is told of ears told of sites."""
+    sites = {site.name: site for step in block.steps for site in step}
+
+    def heard(ear: Ear, expert: int | None, x_NI: torch.Tensor, tokens_N: torch.Tensor | None) -> None:
+        if hear is None:
+            return
+        name = f"{block.path}.{ear.owners[0]}" if expert is None else site_name(block.path, ear, expert)
+        hear(sites[name], x_NI, tokens_N)
+
+    return heard

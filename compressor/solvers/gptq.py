@@ -29,7 +29,8 @@ class Gptq(Solver):
     The correction is damped more than the rounding: fitted closely to few tokens, weights stray from the
     source's and serve other text worse.
 
-    Extra memory beside the result: about seven fp32 copies of the matrices of one group, and eight of H.
+    Extra memory beside the result: about four fp32 copies of the matrices of one group and a few of some of
+    their rows (``rounding.SWEPT_WEIGHTS``), one of H, and panels of it in fp64 (``goal.FACTORED``).
     """
 
     kind: Literal["gptq"] = "gptq"

@@ -11,6 +11,7 @@ from compressor.errors import CheckpointError
 
 # Values summed at once: torch takes one thread for fewer than 2**15.
 SUMMED_VALUES = 1 << 14
+ACCELERATOR_VALUES = 1 << 22
 
 
 def check_finite(weight_OI: torch.Tensor) -> None:
@@ -27,23 +28,32 @@ def check_finite(weight_OI: torch.Tensor) -> None:
 
 def squares(weight_OI: torch.Tensor, decoded_OI: torch.Tensor) -> tuple[float, float]:
     """Sums of (decoded - weight)^2 and of weight^2 in fp64, the same in any number of threads."""
-    error = norm = 0.0
-    for rows in _cachefuls(weight_OI):
+    errors, norms = [], []
+    for rows in _parts(weight_OI):
         weight = weight_OI[rows].double()
-        norm += _sum(weight.square())
-        error += _sum((decoded_OI[rows].double() - weight).square_())
-    return error, norm
+        norms.append(_sum(weight.square()))
+        errors.append(_sum((decoded_OI[rows].double() - weight).square_()))
+    return _total(errors), _total(norms)
 
 
 def inner(first_OI: torch.Tensor, second_OI: torch.Tensor) -> float:
     """Sum of the products of two matrices' values in fp64, the same in any number of threads."""
-    return sum(_sum(first_OI[rows].double() * second_OI[rows].double()) for rows in _cachefuls(first_OI))
+    return _total([_sum(first_OI[rows].double() * second_OI[rows].double()) for rows in _parts(first_OI)])
 
 
-def _sum(terms_OI: torch.Tensor) -> float:
-    return float(sum(float(part.sum()) for part in torch.split(terms_OI.flatten(), SUMMED_VALUES)))
+def _sum(terms_OI: torch.Tensor) -> torch.Tensor:
+    if terms_OI.is_cuda:
+        return terms_OI.sum()
+    return torch.stack([part.sum() for part in torch.split(terms_OI.flatten(), SUMMED_VALUES)]).cumsum(0)[-1]
 
 
-def _cachefuls(matrix_OI: torch.Tensor) -> list[slice]:
-    step = max(SUMMED_VALUES // matrix_OI.shape[1], 1)
+def _total(sums: list[torch.Tensor]) -> float:
+    """In order; one wait for an accelerator."""
+    return float(sum(torch.stack(sums).tolist()))
+
+
+def _parts(matrix_OI: torch.Tensor) -> list[slice]:
+    """Rows that are worked on at once: a cacheful, on an accelerator what bounds the memory."""
+    values = ACCELERATOR_VALUES if matrix_OI.is_cuda else SUMMED_VALUES
+    step = max(values // matrix_OI.shape[1], 1)
     return [slice(start, start + step) for start in range(0, matrix_OI.shape[0], step)]

@@ -18,7 +18,7 @@ from compressor.kernels.columns import refit, sweep
 from compressor.numerics.lattice import concatenate
 from compressor.schemes.base import Scales, Scheme
 from compressor.solvers.base import Solved
-from compressor.solvers.goal import Damped, Goal, divide, factor, feedback, reorder, restore
+from compressor.solvers.goal import Goal, Root, divide, factor, feedback, reorder, restore
 from compressor.solvers.measure import squares
 from compressor.solvers.rtn import Rtn
 from compressor.solvers.statistics import Moments
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 Heard = tuple[Sequence[torch.Tensor], Moments]
 
-# Weights solved at once on an accelerator: a dozen fp32 copies of them take 3 GB.
-BATCH_WEIGHTS = 1 << 26
+# Weights solved at once on an accelerator: a dozen fp32 copies of them take 1.6 GB.
+BATCH_WEIGHTS = 1 << 25
+# Weights swept at once: rows do not depend on one another, and each sweep takes a few fp32 copies of them.
+SWEPT_WEIGHTS = 1 << 25
 # Added to the two dampings for each column per token: moments of few tokens, as experts have them, say little
 # of other text. Chosen on a few layers of one small model, by the output error on tokens not heard.
 SCARCE_DAMPING = 0.5
@@ -42,7 +44,8 @@ def batches(groups: Sequence[Heard]) -> list[list[int]]:
     for index, (weights_OI, moments) in enumerate(groups):
         shapes = tuple((w.shape, w.dtype, w.device) for w in weights_OI)
         alone = index if weights_OI[0].device.type == "cpu" else None
-        alike[shapes, moments.cross_II is None, alone].append(index)
+        forms = (moments.change_II is None, moments.pull_OI is None)
+        alike[shapes, forms, alone].append(index)
     found = []
     for indices in alike.values():
         weights = sum(w.numel() for w in groups[indices[0]][0])
@@ -78,8 +81,9 @@ def _fault(moments: Moments) -> str | None:
     """Why nothing can be learned from the moments, or None."""
     if moments.rows == 0:
         return "no token of the calibration text reached it"
-    sums = [moments.second_II] if moments.cross_II is None else [moments.second_II, moments.cross_II]
-    if not all(bool(x.isfinite().all()) for x in sums):
+    sums = [moments.second_II] if moments.changes is None else [moments.second_II, moments.changes]
+    # the mask of a sum takes a quarter of it: a minimum and a maximum, which NaN passes through, take nothing
+    if not all(bool(torch.stack(x.aminmax()).isfinite().all()) for x in sums):
         return "its inputs on the calibration text are not finite"
     if not bool((moments.second_II.diagonal() > 0).any()):
         return "its inputs on the calibration text are all zero"
@@ -91,46 +95,62 @@ class _Rounding:
 
     def __init__(self, groups: Sequence[Heard], scheme: Scheme, options: Gptq) -> None:
         self._scheme, self._options = scheme, options
-        self._weights = [[w.float() for w in weights_OI] for weights_OI, _ in groups]
-        self._dtypes = [w.dtype for w in groups[0][0]]
+        self._weights = [weights_OI for weights_OI, _ in groups]
         self._rows = _slices([len(w) for w in groups[0][0]])
         self._units = [_unit(weights_OI) for weights_OI in self._weights]
-        stacked = [torch.cat(w) * unit for w, unit in zip(self._weights, self._units, strict=True)]
-        self._goal = Goal.of(torch.stack(stacked), [moments for _, moments in groups])
         # columns per token: how far sampling alone may bend H
         scarcity_B = torch.tensor([moments.second_II.shape[0] / moments.rows for _, moments in groups])
-        damping_B = options.damping + SCARCE_DAMPING * scarcity_B
-        self._damped = Damped.of(self._goal.h_BII, damping_B, ordered=options.activation_order)
-        self._target_BOI = self._goal.weight_BOI
-        if self._goal.pull_BOI is not None:
-            damping_B = options.correction_damping + SCARCE_CORRECTION_DAMPING * scarcity_B
-            held = Damped.of(self._goal.h_BII, damping_B, ordered=False)
-            self._target_BOI = self._target_BOI + held.divide(self._goal.pull_BOI)
+        ridge_B = options.correction_damping + SCARCE_CORRECTION_DAMPING * scarcity_B
+        self._goal = Goal.of(self._stacked(), [moments for _, moments in groups], ridge_B, self._units)
+        damping_B = (options.damping + SCARCE_DAMPING * scarcity_B).to(self._goal.mean_B)
+        self._root = Root.of(
+            self._goal.h_BII, damping_B * self._goal.mean_B, ordered=options.activation_order
+        )
         self._scales = [self._fit(b) for b in range(len(groups))]
         self._chosen_BOI = torch.empty(0)
+
+    def _stacked(self) -> torch.Tensor:
+        """fp32 [B, O, I]: the matrices of each group one below the other, times the group's unit."""
+        rows, columns = self._rows[-1].stop, self._weights[0][0].shape[1]
+        stacked_BOI = torch.empty(len(self._weights), rows, columns, device=self._weights[0][0].device)
+        for stacked_OI, weights, unit in zip(stacked_BOI, self._weights, self._units, strict=True):
+            for part, weight_OI in zip(self._rows, weights, strict=True):
+                stacked_OI[part] = weight_OI
+            stacked_OI.mul_(unit)
+        return stacked_BOI
 
     def run(self) -> None:
         """Chooses the values."""
         self._sweep()
         if self._options.passes == 0:
             return
-        in_features = self._target_BOI.shape[2]
-        if len(self._scheme.near(self._scales[0][0], in_features)) == 1:
-            self._descend(self._options.passes)
+        h_BII = self._goal.h_BII
+        if len(self._scheme.near(self._scales[0][0], h_BII.shape[2])) == 1:
+            self._descend(self._damped(h_BII.clone()), self._options.passes)
             return
+        diagonal_BI = h_BII.diagonal(dim1=1, dim2=2)
+        before_BI = diagonal_BI.clone()
+        damped_BII = self._damped(h_BII if bool(self._root.ok_B.all()) else h_BII.clone())
         for _ in range(self._options.passes):
-            self._refit()
+            self._refit(damped_BII)
+        diagonal_BI.copy_(before_BI)
+
+    def _swept(self) -> list[slice]:
+        """Rows that are swept at once."""
+        problems, rows, columns = self._goal.target_BOI.shape
+        step = max(SWEPT_WEIGHTS // (problems * columns), 1)
+        return [slice(start, start + step) for start in range(0, rows, step)]
 
     def _fit(self, b: int) -> list[Scales]:
         """Scales of a group's matrices for the target: what is left of each column's error is what counts."""
-        importance_I = self._damped.pivots_BI[b]
-        parts = [self._target_BOI[b, rows] / self._units[b] for rows in self._rows]
-        limits = [torch.finfo(dtype).max for dtype in self._dtypes]
-        narrow = [
-            part.clamp(-limit, limit).to(dtype)
-            for part, limit, dtype in zip(parts, limits, self._dtypes, strict=True)
-        ]
-        return self._scheme.fit(narrow, search="full", importance_I=importance_I)
+        importance_I = self._root.pivots_BI[b]
+        parts = [self._goal.target_BOI[b, rows] / self._units[b] for rows in self._rows]
+        for i, weight_OI in enumerate(self._weights[b]):
+            limit = min(torch.finfo(weight_OI.dtype).max, torch.finfo(torch.float32).max)
+            parts[i].clamp_(-limit, limit)
+            if weight_OI.dtype == torch.float16:  # in which some formats then store their scales
+                parts[i] = parts[i].half()
+        return self._scheme.fit(parts, search="full", importance_I=importance_I)
 
     def _lattice(self, scales: list[list[Scales]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and zero points [B, O, C] in the groups' units, of the scales of each group's matrices."""
@@ -145,68 +165,76 @@ class _Rounding:
         )
 
     def _sweep(self) -> None:
-        order_BI = self._damped.order_BI
+        """The first choice; leaves nothing of the root but whether there is one."""
         scale_BOC, zero_BOC = self._lattice(self._scales)
-        width = order_BI.shape[1] // scale_BOC.shape[2]
-        chosen_BOI = sweep(
-            reorder(self._target_BOI, order_BI),
-            None,
-            feedback(self._damped.m_BII),
-            scale_BOC,
-            zero_BOC,
-            order_BI // width,
-            self._grid,
-        )
-        self._chosen_BOI = restore(chosen_BOI, order_BI)
+        target_BOI, order_BI = self._goal.target_BOI, self._root.order_BI
+        columns = target_BOI.shape[2]
+        a_BII = feedback(self._root.root_BII)
+        self._root = replace(self._root, root_BII=torch.empty(0))
+        swept_BI = order_BI
+        if swept_BI is None:
+            swept_BI = torch.arange(columns, device=target_BOI.device).expand(len(target_BOI), columns)
+        group_BI = swept_BI // (columns // scale_BOC.shape[2])
+        self._chosen_BOI = torch.empty_like(target_BOI)
+        for rows in self._swept():
+            chosen_BOI = sweep(
+                reorder(target_BOI[:, rows], order_BI),
+                None,
+                a_BII,
+                scale_BOC[:, rows],
+                zero_BOC[:, rows],
+                group_BI,
+                self._grid,
+            )
+            self._chosen_BOI[:, rows] = restore(chosen_BOI, order_BI)
 
-    def _refit(self) -> None:
+    def _damped(self, h_BII: torch.Tensor) -> torch.Tensor:
+        """H becomes H + d in the columns' own order; the identity where that could not be factored."""
+        h_BII.diagonal(dim1=1, dim2=2).add_(self._root.added_B.float()[:, None])
+        for h_II, ok in zip(h_BII, self._root.ok_B.tolist(), strict=True):
+            if not ok:
+                h_II.copy_(torch.eye(len(h_II), device=h_II.device))
+        return h_BII
+
+    def _refit(self, h_BII: torch.Tensor) -> None:
         """Each scale group's scale and codes again, given all other groups."""
-        in_features = self._target_BOI.shape[2]
-        near = [[self._scheme.near(s, in_features) for s in group] for group in self._scales]
+        near = [[self._scheme.near(s, h_BII.shape[2]) for s in group] for group in self._scales]
         tables = [self._lattice([[n[k] for n in group] for group in near]) for k in range(len(near[0][0]))]
         scale_BOCK = torch.stack([scale for scale, _ in tables], dim=-1)
         zero_BOCK = torch.stack([zero for _, zero in tables], dim=-1)
-        inverse_BCWW, a_BCWW, d_BCW = self._blocks(scale_BOCK.shape[2])
-        self._chosen_BOI, best_BOC = refit(
-            self._target_BOI,
-            self._chosen_BOI,
-            self._damped.h_BII,
-            inverse_BCWW,
-            a_BCWW,
-            d_BCW,
-            scale_BOCK,
-            zero_BOCK,
-            self._grid,
-        )
+        inverse_BCWW, a_BCWW, d_BCW = _blocks(h_BII, scale_BOCK.shape[2])
+        best_BOC = torch.empty(scale_BOCK.shape[:3], dtype=torch.int64, device=h_BII.device)
+        for rows in self._swept():
+            self._chosen_BOI[:, rows], best_BOC[:, rows] = refit(
+                self._goal.target_BOI[:, rows],
+                self._chosen_BOI[:, rows],
+                h_BII,
+                inverse_BCWW,
+                a_BCWW,
+                d_BCW,
+                scale_BOCK[:, rows],
+                zero_BOCK[:, rows],
+                self._grid,
+            )
         self._scales = [
             [_pick(near[b][i], best_BOC[b, rows]) for i, rows in enumerate(self._rows)]
             for b in range(len(near))
         ]
 
-    def _blocks(self, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Inverse, feedback and pivots of the diagonal block of H + d of each scale group."""
-        h_BII = self._damped.h_BII
-        batch, in_features, _ = h_BII.shape
-        width = in_features // groups
-        blocks_BCWW = h_BII.view(batch, groups, width, groups, width).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-        blocks_NWW = blocks_BCWW.reshape(-1, width, width)
-        m_NWW, _ = factor(blocks_NWW)
-        inverse_NWW = divide(torch.eye(width, device=h_BII.device).expand_as(blocks_NWW), m_NWW)
-        d_NW = m_NWW.diagonal(dim1=1, dim2=2).square()
-        shape = (batch, groups, width, width)
-        return inverse_NWW.view(shape), feedback(m_NWW).view(shape), d_NW.view(shape[:3])
+    def _descend(self, h_BII: torch.Tensor, times: int) -> None:
+        """Cyclic coordinate descent: each code given all others, which never adds to the error.
 
-    def _descend(self, times: int) -> None:
-        """Cyclic coordinate descent: each code given all others, which never adds to the error."""
-        h_BII = self._damped.h_BII
-        a_BII = h_BII / h_BII.diagonal(dim1=1, dim2=2)[..., None]
-        a_BII.diagonal(dim1=1, dim2=2).zero_()
+        Overwrites ``h_BII``.
+        """
+        diagonal_BI = h_BII.diagonal(dim1=1, dim2=2)
+        h_BII.div_(diagonal_BI.clone()[..., None])
+        diagonal_BI.zero_()
         scale_BOC, zero_BOC = self._lattice(self._scales)
         width = h_BII.shape[1] // scale_BOC.shape[2]
         group_BI = (torch.arange(h_BII.shape[1], device=h_BII.device) // width).expand(h_BII.shape[:2])
         for _ in range(times):
             self._chosen_BOI = sweep(
-                self._target_BOI, self._chosen_BOI, a_BII, scale_BOC, zero_BOC, group_BI, self._grid
+                self._goal.target_BOI, self._chosen_BOI, h_BII, scale_BOC, zero_BOC, group_BI, self._grid
             )
 
     def results(self, b: int, plain: list[Solved]) -> list[Solved]:
@@ -214,33 +242,59 @@ class _Rounding:
 
         Matrices that share a tensor-level scale are all taken from one of both.
         """
-        if not bool(self._damped.ok_B[b]):
+        if not bool(self._root.ok_B[b]):
             return [replace(each, note="the moments of its inputs are singular") for each in plain]
-        ours = [self._encode(b, i) for i in range(len(plain))]
-        errors = [self._added_error(b, i, solved) for i, solved in enumerate(ours)]
-        plain_errors = [self._added_error(b, i, solved) for i, solved in enumerate(plain)]
-        better = [error < other for error, other in zip(errors, plain_errors, strict=True)]
+        energies = [self._goal.energy((b, rows)) for rows in self._rows]
+        ours = [self._encode(b, i, energy) for i, energy in enumerate(energies)]
+        rtn = [
+            self._judged(b, i, each, energies[i], self._decoded(b, i, each)) for i, each in enumerate(plain)
+        ]
+        better = [_error(mine) < _error(other) for mine, other in zip(ours, rtn, strict=True)]
         if self._scheme.shares_tensor_scale:
-            better = [sum(errors) < sum(plain_errors)] * len(plain)
-        solved = []
-        for i, won in enumerate(better):
-            chosen = ours[i] if won else replace(plain[i], note="round-to-nearest errs no more")
-            error = errors[i] if won else plain_errors[i]
-            solved.append(replace(chosen, output_error=error, rtn_output_error=plain_errors[i]))
-        return solved
+            better = [sum(map(_error, ours)) < sum(map(_error, rtn))] * len(plain)
+        return [
+            replace(
+                mine if won else replace(other, note="round-to-nearest errs no more"),
+                rtn_output_error=other.output_error,
+            )
+            for mine, other, won in zip(ours, rtn, better, strict=True)
+        ]
 
-    def _encode(self, b: int, i: int) -> Solved:
-        weight_OI = self._weights[b][i]
+    def _encode(self, b: int, i: int, energy: float) -> Solved:
         chosen_OI = self._chosen_BOI[b, self._rows[i]] / self._units[b]
         tensors = self._scheme.encode(chosen_OI, self._scales[b][i])
-        decoded_OI = self._scheme.decode(tensors, *weight_OI.shape)
-        return Solved(tensors, *squares(weight_OI, decoded_OI), used="gptq")
+        del chosen_OI
+        solved = Solved(tensors, 0.0, 0.0, used="gptq")
+        decoded_OI = self._decoded(b, i, solved)
+        error, norm = squares(self._weights[b][i], decoded_OI)
+        solved = replace(solved, squared_error=error, squared_norm=norm)
+        return self._judged(b, i, solved, energy, decoded_OI)
 
-    def _added_error(self, b: int, i: int, solved: Solved) -> float:
-        decoded_OI = self._scheme.decode(solved.tensors, *self._weights[b][i].shape) * self._units[b]
-        part = b, self._rows[i]
-        least = self._goal.added_error(part, self._target_BOI[part])
-        return self._goal.added_error(part, decoded_OI) - least
+    def _decoded(self, b: int, i: int, solved: Solved) -> torch.Tensor:
+        return self._scheme.decode(solved.tensors, *self._weights[b][i].shape)
+
+    def _judged(self, b: int, i: int, solved: Solved, energy: float, decoded_OI: torch.Tensor) -> Solved:
+        """With what its values, which are overwritten, add to the error of the output."""
+        added = self._goal.added_error((b, self._rows[i]), decoded_OI.mul_(self._units[b]))
+        return replace(solved, output_error=added / energy if energy > 0.0 else 0.0)
+
+
+def _error(solved: Solved) -> float:
+    assert solved.output_error is not None
+    return solved.output_error
+
+
+def _blocks(h_BII: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inverse, feedback and pivots of the diagonal block of H + d of each scale group."""
+    batch, in_features, _ = h_BII.shape
+    width = in_features // groups
+    blocks_BCWW = h_BII.view(batch, groups, width, groups, width).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+    root_NWW = blocks_BCWW.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+    factor(root_NWW)
+    inverse_NWW = divide(torch.eye(width, device=h_BII.device).expand_as(root_NWW), root_NWW)
+    d_NW = root_NWW.diagonal(dim1=1, dim2=2).square()
+    shape = (batch, groups, width, width)
+    return inverse_NWW.view(shape), feedback(root_NWW).view(shape), d_NW.view(shape[:3])
 
 
 def _slices(lengths: Sequence[int]) -> list[slice]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from compressor.schemes.base import Scheme
 from compressor.solvers.base import Solver
-from compressor.spec import FLOAT_DTYPES, Role, TensorHeader
+from compressor.spec import FLOAT_DTYPES, LinearPart, Role, TensorHeader
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,28 @@ class Claim:
         return self.tensor.numel * 2 if self.tensor.dtype in FLOAT_DTYPES else self.tensor.nbytes
 
 
+@dataclass(frozen=True)
+class Started:
+    """A matrix as a solver stored it, to be learned together with the others of its block.
+
+    Attributes:
+        claim: of the source tensor that holds it.
+        part: the matrix.
+        tensors: local name -> stored tensor.
+    """
+
+    claim: Claim
+    part: LinearPart
+    tensors: dict[str, torch.Tensor]
+
+
 def needs_moments(claim: Claim) -> bool:
     """Whether the claim's solver must hear its inputs."""
+    return claim.solver is not None and claim.solver.needs_moments
+
+
+def needs_calibration(claim: Claim) -> bool:
+    """Whether the claim's solver needs the states that the result computes so far."""
     return claim.solver is not None and claim.solver.needs_calibration
 
 
@@ -57,7 +80,7 @@ def needs_range(claim: Claim) -> bool:
 
 def needs_data(claim: Claim) -> bool:
     """Whether the claim must be walked, not streamed."""
-    return needs_moments(claim) or needs_range(claim)
+    return needs_calibration(claim) or needs_range(claim)
 
 
 @dataclass(frozen=True)

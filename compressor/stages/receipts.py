@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,62 @@ class PartError:
             note=solved.note,
         )
 
+    def learned(self, squared_error: float, squared_norm: float) -> PartError:
+        """The same for values learned from these; the errors of the output stay those of the start."""
+        name = "learned" if self.solver == "rtn" else f"{self.solver}+learned"
+        return replace(self, solver=name, squared_error=squared_error, squared_norm=squared_norm)
 
-def write_receipt(folder: Path, name: str, errors: Sequence[PartError]) -> None:
-    """Writes the receipt of the finished file ``name``: its hash, and the errors of what is in it."""
-    receipt = {"sha256": file_sha256(folder / name), "errors": [asdict(error) for error in errors]}
+
+@dataclass(frozen=True)
+class BlockError:
+    """How near a block whose matrices were learned together came to the source's output.
+
+    On the calibration sequences that were held out: squared error of the block's output over its squared
+    norm, outlying tokens weighted down. The source's output is the one that the source itself computes.
+
+    Attributes:
+        name: path of its module.
+        before: as the start solver stored the matrices, or None where nothing was measured.
+        after: as they are stored; ``before`` where learning made nothing better, so that the start's stand.
+        tokens: held out.
+        skipped: why nothing was learned, or None.
+    """
+
+    name: str
+    before: float | None = None
+    after: float | None = None
+    tokens: int = 0
+    skipped: str | None = None
+
+    @property
+    def is_better(self) -> bool:
+        """Whether what was learned is to be used."""
+        return self.before is not None and self.after is not None and self.after < self.before
+
+
+def write_receipt(
+    folder: Path,
+    name: str,
+    errors: Sequence[PartError],
+    block: BlockError | None = None,
+    smoothing: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the receipt of the finished file ``name``: its hash, and the errors of what is in it.
+
+    ``block``: what learning the block did, where it was asked for; ``smoothing``: the same of smoothing it
+    (``Smoother.facts``).
+    """
+    receipt: dict[str, Any] = {"sha256": file_sha256(folder / name)}
+    receipt["errors"] = [asdict(error) for error in errors]
+    if block is not None:
+        receipt["block"] = asdict(block)
+    if smoothing is not None:
+        receipt["smoothing"] = smoothing
     write_json(_path(folder, name), receipt)
 
 
 def read_receipt(folder: Path, name: str) -> dict[str, Any] | None:
-    """The receipt of a finished file (``sha256``, ``errors``), or None where it is not finished."""
+    """The receipt of a file (``sha256``, ``errors``, perhaps ``block``), or None where it is not finished."""
     path = _path(folder, name)
     if not path.is_file() or not (folder / name).is_file():
         return None

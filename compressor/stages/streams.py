@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # States are kept for a rerun when the walk since took so many times as long as keeping them.
 _WORTH = 20.0
+# Before the first time they are taken to be written so fast.
+_BYTES_PER_S = 5e8
 
 
 class Streams:
@@ -57,8 +59,11 @@ class Streams:
         """Takes both streams to the last block not after ``first_unfinished`` that they are known for.
 
         ``exact`` holds the entrance of block 0, which is where they start if nothing later was kept.
+        Streams of no batches are wherever they should be.
         """
         self._batches = batches
+        if not batches:
+            return first_unfinished
         kept = {int(path.stem.split("-")[1]): path for path in self._folder.glob("kept-*.safetensors")}
         usable = [index for index in kept if index <= first_unfinished]
         if not usable:
@@ -88,7 +93,8 @@ class Streams:
 
     def keep(self, index: int) -> None:
         """Keeps both streams at the entrance of block ``index`` for a rerun, where that is worth its time."""
-        if time.monotonic() - self._kept_at < _WORTH * self._cost_s:
+        cost_s = self._cost_s or sum(states.nbytes for states in self._by_name.values()) / _BYTES_PER_S
+        if time.monotonic() - self._kept_at < _WORTH * cost_s:
             return
         started = time.monotonic()
         path = self._folder / f"kept-{index:05d}.safetensors"

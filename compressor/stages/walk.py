@@ -10,17 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
-from compressor.device import pick_device
+from compressor.device import collect_memory, pick_device, return_freed_memory
 from compressor.errors import CheckpointError
 from compressor.progress import Progress
-from compressor.stages.base import Claim, needs_data, needs_moments, needs_range
-from compressor.stages.receipts import PartError, all_receipts, drop_receipt, is_whole, write_receipt
+from compressor.stages.ahead import compile_ahead
+from compressor.stages.base import Claim, needs_calibration, needs_data, needs_range
+from compressor.stages.receipts import (
+    BlockError,
+    PartError,
+    all_receipts,
+    drop_receipt,
+    is_whole,
+    write_receipt,
+)
 from compressor.stages.streams import Streams
 from compressor.stages.tokens import calibration_tokens
 from compressor.stages.walk_block import BlockWalk
@@ -33,6 +42,10 @@ if TYPE_CHECKING:
     from compressor.model.tape import Tape
 
 
+# Sequences and tokens of each with which folds are tried.
+_SMALL = (2, 8)
+
+
 @dataclass(frozen=True)
 class WalkSpec:
     """How the walk computes.
@@ -43,6 +56,7 @@ class WalkSpec:
         states: where the hidden states are kept.
         moment_bytes: most bytes of statistics that one pass over the data gathers.
         keep_inputs: keep all that a block's matrices are fed, instead of computing it again for every step.
+        unlearned: numbers of the blocks that take too much memory to be learned, so that their start stays.
     """
 
     batch_tokens: int
@@ -50,6 +64,7 @@ class WalkSpec:
     states: Literal["device", "host", "disk"]
     moment_bytes: int
     keep_inputs: bool
+    unlearned: tuple[int, ...] = ()
 
 
 def walk_stage(
@@ -66,14 +81,19 @@ def walk_stage(
         CheckpointError: as ``walk``, or the source has no tokenizer.
         UserError: as ``walk``, or a text cannot be read or is too short.
     """
+    compile_ahead(claims)
+    return_freed_memory()
     shown = calibration_tokens(source, calibration, folder, progress)
     resumed = walk(source, claims, shown.ids_NT, spec, folder, progress)
+    collect_memory()
     facts = {
         "texts": shown.counts,
         "samples": calibration.num_samples,
         "sequence_length": calibration.sequence_length,
         "seed": calibration.seed,
         "dtype": spec.dtype,
+        "blocks": [asdict(block) for block in _learned(folder)],
+        **_smoothed(folder),
     }
     return {"resumed": resumed, "calibration": facts}
 
@@ -105,11 +125,16 @@ def walk(
     from compressor.model.tape import Tape
 
     with torch.no_grad():
-        feeding = any(needs_moments(claim) for claim in claims)
+        feeding = any(needs_calibration(claim) for claim in claims)
         streams = Streams(folder, spec.states, pick_device(), feeding=feeding)
-        batches = torch.split(ids_NT, max(1, spec.batch_tokens // ids_NT.shape[1]))
+        batches: Sequence[torch.Tensor] = ()
+        # Before a polish of plain rounding nothing is to be heard, and no tokens pass.
+        if any(needs_data(claim) for claim in claims):
+            batches = torch.split(ids_NT, max(1, spec.batch_tokens // ids_NT.shape[1]))
         dtype: torch.dtype = getattr(torch, spec.dtype)
-        tape = Tape.record(source, batches, dtype=dtype, device=streams.device, states=streams.exact)
+        tape = Tape.record(
+            source, batches, dtype=dtype, device=streams.device, states=streams.exact, small=_few(ids_NT)
+        )
         by_block = _by_block(tape, claims, progress)
         done = [is_whole(folder, layer_name(index)) for index in range(len(by_block))]
         sizes = [sum(claim.tensor.nbytes for claim in members) for members in by_block]
@@ -121,21 +146,37 @@ def walk(
             finished = WalkedTensors(folder)
             for index, block in _loaded(tape, range(first, len(by_block))):
                 work = BlockWalk(
-                    source, tape, block, by_block[index], streams, spec.moment_bytes, spec.keep_inputs
+                    source,
+                    tape,
+                    block,
+                    by_block[index],
+                    {claim.tensor.name: claim for claim in claims},
+                    streams,
+                    moment_bytes=spec.moment_bytes,
+                    keep_inputs=spec.keep_inputs,
+                    fits=index not in spec.unlearned,
                 )
-                if done[index]:
-                    work.put_finished(finished)
-                else:
-                    path = folder / layer_name(index)
-                    errors = work.solve(path, progress, note=tape.blocks[index])
-                    write_receipt(folder, path.name, errors)
-                if index + 1 < len(by_block):
-                    work.advance()
-                    streams.keep(index + 1)
+                with closing(work):
+                    if done[index]:
+                        work.put_finished(finished)
+                    else:
+                        path = folder / layer_name(index)
+                        errors = work.solve(path, progress, note=tape.blocks[index])
+                        write_receipt(folder, path.name, errors, work.learned, work.smoothed)
+                    if batches and index + 1 < len(by_block):
+                        work.advance()
+                        streams.keep(index + 1)
         streams.discard()
     _warn_of_fallbacks(folder, progress)
+    _warn_of_unlearned(folder, progress)
     progress.finish(resumed=all(done))
     return any(done)
+
+
+def _few(ids_NT: torch.Tensor) -> torch.Tensor:
+    """Tokens of a small call."""
+    rows, length = _SMALL
+    return ids_NT[:rows, :length]
 
 
 def _forget_broken(folder: Path, done: Sequence[bool]) -> None:
@@ -155,6 +196,32 @@ def _warn_of_fallbacks(folder: Path, progress: Progress) -> None:
     for reason, modules in reasons.items():
         more = f" and {len(modules) - 2} more" if len(modules) > 2 else ""
         progress.warn(f"solved without calibration data ({reason}): {', '.join(modules[:2])}{more}")
+
+
+def _learned(folder: Path) -> list[BlockError]:
+    """Of the blocks that were to be learned, in order."""
+    return [BlockError(**receipt["block"]) for receipt in all_receipts(folder) if "block" in receipt]
+
+
+def _smoothed(folder: Path) -> dict[str, Any]:
+    """What smoothing did: ``smoothed`` (of every input) and ``changed_16bit``; empty without any."""
+    found = [receipt["smoothing"] for receipt in all_receipts(folder) if "smoothing" in receipt]
+    if not found:
+        return {}
+    return {
+        "smoothed": [made for facts in found for made in facts["inputs"]],
+        "changed_16bit": [name for facts in found for name in facts["changed_16bit"]],
+    }
+
+
+def _warn_of_unlearned(folder: Path, progress: Progress) -> None:
+    """Says which blocks were not learned although they were to be."""
+    reasons: dict[str, list[str]] = {}
+    for block in _learned(folder):
+        if block.skipped is not None:
+            reasons.setdefault(block.skipped, []).append(block.name)
+    for reason, blocks in reasons.items():
+        progress.warn(f"not learned, left as the start solver made them ({reason}): {', '.join(blocks)}")
 
 
 def _by_block(tape: Tape, claims: Sequence[Claim], progress: Progress) -> list[list[Claim]]:
@@ -203,7 +270,7 @@ def _loaded(tape: Tape, indices: range) -> Iterator[tuple[int, Block]]:
     try:
         pending = reader.submit(tape.load, indices[0])
         for index in indices:
-            block = pending.result()
+            block = tape.place(pending.result())
             if index + 1 in indices:
                 pending = reader.submit(tape.load, index + 1)
             yield index, block

@@ -5,17 +5,28 @@ Legend: O out_features, I in_features, N tokens that reach a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.safetensors_writer import ShardWriter
 from compressor.errors import CheckpointError
 from compressor.progress import Progress
-from compressor.stages.base import Claim, needs_moments, needs_range
+from compressor.stages.base import Claim, Started, needs_moments, needs_range
 from compressor.stages.importance import norm_importance
-from compressor.stages.receipts import PartError
+from compressor.stages.jobs import (
+    HeardJob,
+    Job,
+    alike,
+    heard_jobs,
+    heard_together,
+    scale_groups,
+    shared_ranges,
+    source_bytes,
+    stacked,
+)
+from compressor.stages.receipts import BlockError, PartError
 from compressor.stages.streams import Streams
 from compressor.stages.walked import WalkedTensors
 
@@ -24,13 +35,13 @@ if TYPE_CHECKING:
 
     from compressor.model.blocks import Block, Site
     from compressor.model.hidden import HiddenStates
+    from compressor.model.paused import PausedPasses
     from compressor.model.tape import Hear, Tape
     from compressor.numerics.input_ranges import InputRange
     from compressor.solvers.statistics import Moments
     from compressor.spec import LinearPart
+    from compressor.stages.smoothing import Smoother
 
-_Job = tuple[tuple["Claim", "LinearPart"], ...]
-_Heard = tuple[_Job, "Moments | None"]
 _SHOWN = 3
 
 
@@ -42,10 +53,16 @@ class BlockWalk:
         tape: of the calibration tokens.
         block: with the source's weights.
         claims: its quantized tensors.
+        everything: tensor name -> claim, of the whole checkpoint.
         streams: the streams at the entrance of the block.
         moment_bytes: most bytes of statistics gathered in one pass.
         keep_inputs: keep what the source's stream feeds the matrices of this block, instead of computing it
             again for every step.
+        fits: whether there is memory to learn the block, where its solvers do.
+
+    Attributes:
+        learned: what learning the block did, once it is solved; None where its solvers do not.
+        smoothed: what smoothing it did (``Smoother.facts``); None where its solvers do not.
     """
 
     def __init__(
@@ -54,25 +71,54 @@ class BlockWalk:
         tape: Tape,
         block: Block,
         claims: Sequence[Claim],
+        everything: Mapping[str, Claim],
         streams: Streams,
+        *,
         moment_bytes: int,
         keep_inputs: bool,
+        fits: bool,
     ) -> None:
         self._source, self._tape, self._streams = source, tape, streams
         self._exact = block
         self._fed = block.twin() if streams.fed is not None else None
         self._by_module = {part.module: (claim, part) for claim in claims for part in claim.role.parts}
-        self._moment_bytes = moment_bytes
         self._keep_inputs = keep_inputs
+        self._fits = fits
+        self.learned: BlockError | None = None
+        self.smoothed: dict[str, Any] | None = None
+        self._smoother: Smoother | None = None
+        # What a matrix is to be solved from.
+        self._weight: Callable[[LinearPart], torch.Tensor] = block.weight
+        if any(claim.solver is not None and claim.solver.smoothing is not None for claim in claims):
+            from compressor.stages.smoothing import Smoother
+
+            self._smoother = Smoother(source, tape, block, self._fed, everything, self._by_module)
+            self._weight = self._smoother.weight
+        # What is to be learned, as solvers stored it.
+        self._started: list[Started] = []
+        self._learns = any(claim.solver is not None and claim.solver.learning is not None for claim in claims)
+        # Whether the source's stream has passed the block.
+        self._moved = False
         # Site name -> the source stream's inputs of each batch, once that stream has passed the block.
-        self._inputs: dict[str, list[torch.Tensor]] | None = None
+        self._inputs: dict[str, dict[int, torch.Tensor]] | None = None
+        # The result's stream on its way through the block, where it waits for what is solved.
+        self._paused: PausedPasses[Hear] | None = None
         self._ranges: dict[str, InputRange] = {}
         self._site_of = {part.module: site for step in block.steps for site in step for part in site.parts}
+        # Number of a step, and sites with something to solve that are heard together.
+        self._passes = [
+            (number, sites)
+            for number, step in enumerate(block.steps)
+            for sites in heard_together(step, self._by_module.keys(), moment_bytes)
+        ]
         # By module: making them takes milliseconds, and every batch asks for them.
         self._of_inputs: dict[str, dict[str, torch.Tensor]] = {}
+        self._jobs_of: dict[str, list[Job]] = {}
 
     def put_finished(self, walked: WalkedTensors) -> None:
         """Takes the block's quantized weights from what an interrupted run finished."""
+        if self._smoother is not None:
+            self._smoother.again(walked)
         for claim, part in self._by_module.values():
             self._put(claim, part, walked.local(part.module))
 
@@ -92,36 +138,93 @@ class BlockWalk:
                 part.module, part.out_features, part.in_features, dtype=claim.tensor.dtype
             )
         ]
+        smoothed: dict[str, torch.Tensor] = {}
+        if self._smoother is not None:
+            self._smoother.run(self._streams.exact, len(self._streams))
+            self.smoothed = self._smoother.facts
+            smoothed = self._smoother.tensors
+            outputs += self._smoother.headers
         self._pass_exact()
+        self._pause()
         with ShardWriter(path, outputs) as writer:
-            for number, step in enumerate(self._exact.steps):
-                for sites in self._passes(step):
-                    moments = self._hear(number, sites)
-                    jobs = [(job, moments.get(site.name)) for site in sites for job in self._jobs(site)]
-                    for batch in _alike(jobs):
-                        errors += self._solve_jobs(batch, writer)
-                        parts = [part for job, _ in batch for _, part in job]
-                        size = sum(part.out_features * part.in_features for part in parts)
-                        progress.advance(size * _item_bytes(batch[0][0][0][0]), note=note)
+            for name, tensor in smoothed.items():
+                writer.write(name, tensor)
+            paired = [any(map(self._is_paired, sites)) for _, sites in self._passes]
+            for at, (number, sites) in enumerate(self._passes):
+                moments = self._hear(number, sites, ends=not any(paired[at + 1 :]))
+                if self._moved and not self._learns:
+                    later = [site for _, sites in self._passes[at:] for site in sites]
+                    self._exact.drop([part for site in later for part in site.parts])
+                jobs = [job for site in sites for job in heard_jobs(self._jobs(site), moments.get(site.name))]
+                del moments
+                for batch in alike(jobs):
+                    errors += self._solve_jobs(batch, writer)
+                    progress.advance(source_bytes(batch), note=note)
+                del jobs, batch  # no two passes' statistics at once
+            if self._started:
+                errors = self._learn(errors, writer, progress)
         return errors
+
+    def _learn(self, errors: Sequence[PartError], writer: ShardWriter, progress: Progress) -> list[PartError]:
+        """Learns the matrices whose solvers ask for it together and writes them; returns all errors."""
+        from compressor.solvers.measure import squares
+        from compressor.stages.learn import learn_block
+
+        assert self._fed is not None
+        self.close()  # what waits has passed matrices that change once more
+        self._move_exact()
+        self.learned, tensors = learn_block(
+            self._tape, self._fed, self._streams, self._started, self._weight, self._fits, progress
+        )
+        found = {error.module: error for error in errors}
+        for start in self._started:
+            module = start.part.module
+            if module in tensors:
+                self._put(start.claim, start.part, tensors[module])
+                decoded_OI = self._fed.weight(start.part)
+                found[module] = found[module].learned(*squares(self._weight(start.part), decoded_OI))
+            self._write(writer, start.part, tensors.get(module, start.tensors))
+        return list(found.values())
 
     def advance(self) -> None:
         """Both streams pass the block: the source's with its weights, the result's with the stored ones."""
-        passing = [(self._fed, self._streams.fed)]
-        if self._inputs is None:
-            passing.append((self._exact, self._streams.exact))
-        for block, states in passing:
-            if block is None or states is None:
-                continue
+        self._move_exact()
+        if self._fed is None or self._streams.fed is None:
+            return
+        for batch in range(len(self._streams)):
+            if self._paused is None:
+                output = self._through(self._fed, self._streams.fed, batch)
+            else:
+                output = _whole(self._paused.go_on(batch))
+            self._streams.fed.put(batch, output)
+
+    def _move_exact(self) -> None:
+        """Has the source's stream behind the block."""
+        if not self._moved:
             for batch in range(len(self._streams)):
-                states.put(batch, self._through(block, states, batch))
+                self._streams.exact.put(batch, self._through(self._exact, self._streams.exact, batch))
+            self._moved = True
+
+    def close(self) -> None:
+        """Frees what waits for nothing any more."""
+        if self._paused is not None:
+            self._paused.close()
+        self._paused = None
+
+    def _pause(self) -> None:
+        """Lets the result's stream wait at every step, where each is heard at once and memory may be kept."""
+        at_once = len({number for number, _ in self._passes}) == len(self._passes)
+        if self._streams.fed is None or not (self._keep_inputs and at_once and self._exact.layout.waits_well):
+            return
+        from compressor.model.paused import most_waiting
+
+        if self._fed is not None and len(self._streams) <= most_waiting():
+            self._paused = self._tape.paused(self._fed, self._streams.fed)
 
     def _through(
         self, block: Block, states: HiddenStates, batch: int, hear: Hear | None = None
     ) -> torch.Tensor:
-        output = self._tape.run(block, states, batch, hear=hear)
-        assert output is not None, "nothing stops the pass"
-        return output
+        return _whole(self._tape.run(block, states, batch, hear=hear))
 
     def _pass_exact(self) -> None:
         """One pass of the source's stream, for the ranges of inputs and for inputs that are kept."""
@@ -132,9 +235,9 @@ class BlockWalk:
         sums = {
             site.name: RangeSums(site.in_features, self._streams.device)
             for site in sites
-            if self._is_ranged(site)
+            if any(needs_range(job[0][0]) for job in self._jobs(site))
         }
-        inputs: dict[str, list[torch.Tensor]] = {name: [] for name in paired}
+        inputs: dict[str, dict[int, torch.Tensor]] = {name: {} for name in paired}
         moves = self._keep_inputs or self._fed is None
         if not (moves or sums):
             return
@@ -143,7 +246,7 @@ class BlockWalk:
             if site.name in sums:
                 sums[site.name].add(x_NI)
             if site.name in paired:
-                inputs[site.name].append(x_NI.clone())
+                inputs[site.name][batch] = x_NI.clone()
 
         for batch in range(len(self._streams)):
             output = self._through(self._exact, self._streams.exact, batch, hear)
@@ -151,86 +254,86 @@ class BlockWalk:
                 self._streams.exact.put(batch, output)
         if moves:
             self._inputs = inputs
+            self._moved = True
         for step in self._exact.steps:
-            self._ranges |= _shared({site: sums[site.name].result() for site in step if site.name in sums})
+            heard = {site: sums[site.name].result() for site in step if site.name in sums}
+            self._ranges |= shared_ranges(heard)
 
     def _is_heard(self, site: Site) -> bool:
         return any(needs_moments(job[0][0]) for job in self._jobs(site))
-
-    def _is_ranged(self, site: Site) -> bool:
-        return any(needs_range(job[0][0]) for job in self._jobs(site))
 
     def _is_paired(self, site: Site) -> bool:
         """Whether both streams hear the same tokens there: experts may be given others by either."""
         return not site.routed and self._is_heard(site)
 
-    def _passes(self, step: Sequence[Site]) -> Iterator[list[Site]]:
-        """The sites of a step with something to solve, as many at a time as the statistics' budget holds."""
-        chosen: list[Site] = []
-        used = 0
-        for site in step:
-            if not any(part.module in self._by_module for part in site.parts):
-                continue
-            needed = 4 * site.in_features**2 * (1 if site.routed else 2)
-            if chosen and used + needed > self._moment_bytes:
-                yield chosen
-                chosen, used = [], 0
-            chosen.append(site)
-            used += needed
-        if chosen:
-            yield chosen
+    def _hear(self, step: int, sites: Sequence[Site], *, ends: bool) -> dict[str, Moments]:
+        """Moments of the inputs of ``sites``, with cross moments where both streams hear the same tokens.
 
-    def _hear(self, step: int, sites: Sequence[Site]) -> dict[str, Moments]:
-        """Moments of the inputs of ``sites``, with cross moments where both streams hear the same tokens."""
-        from compressor.solvers.statistics import MomentSums
+        ``ends``: what the source's stream feeds the block is not asked for again: it may pass to its end.
+        """
+        from compressor.numerics.row_weights import row_norms
+        from compressor.solvers.statistics import MomentSums, Routed, add_together
 
         heard = [site for site in sites if self._is_heard(site)]
         if not heard:
             return {}
         assert self._fed is not None
         assert self._streams.fed is not None
-        device = self._streams.device
-        sums = {site.name: MomentSums(site.in_features, device, not site.routed) for site in heard}
-        paired = {site.name for site in heard if not site.routed}
+        device, paired = self._streams.device, {site.name for site in heard if not site.routed}
+        sums = {}
+        for site in heard:
+            weight_OI = None if site.routed else stacked(self._jobs(site), self._exact.weight)
+            sums[site.name] = MomentSums(site.in_features, device, not site.routed, weight_OI=weight_OI)
         exact: dict[str, torch.Tensor] = {}
+        # Of all experts, so that what is long does not depend on which of them are heard together.
+        here, routed = {site.name for site in self._exact.steps[step]}, list[Routed]()
+        moves = ends and bool(paired) and not self._moved
 
         def keep(site: Site, x_NI: torch.Tensor, tokens_N: torch.Tensor | None) -> None:
             if site.name in paired:
-                exact[site.name] = x_NI
+                exact[site.name] = x_NI.clone() if moves else x_NI
 
         def add(site: Site, x_NI: torch.Tensor, tokens_N: torch.Tensor | None) -> None:
-            if site.name in sums:
-                sums[site.name].add(self._rounded(site, x_NI), exact.pop(site.name, None))
+            if site.name in paired:
+                sums[site.name].add(self._rounded(site, x_NI), exact.pop(site.name))
+            elif site.routed and site.name in here:
+                own = sums.get(site.name)
+                fed_NI = x_NI if own is None else self._rounded(site, x_NI)
+                routed.append(Routed(own, row_norms(x_NI), fed_NI))
 
         for batch in range(len(self._streams)):
             if self._inputs is not None:
-                exact.update({name: self._inputs[name][batch] for name in paired})
+                exact.update({name: self._inputs[name].pop(batch) for name in paired})
+            elif moves:
+                self._streams.exact.put(batch, self._through(self._exact, self._streams.exact, batch, keep))
             elif paired:
                 self._tape.run(self._exact, self._streams.exact, batch, hear=keep, until=step)
-            self._tape.run(self._fed, self._streams.fed, batch, hear=add, until=step)
+            if self._paused is not None:
+                self._paused.go_on(batch, step, add)
+            else:
+                self._tape.run(self._fed, self._streams.fed, batch, hear=add, until=step)
+            add_together(routed)
+            routed.clear()
+        self._moved = self._moved or moves
         return {name: total.result() for name, total in sums.items()}
 
-    def _jobs(self, site: Site) -> list[_Job]:
+    def _jobs(self, site: Site) -> list[Job]:
         """The claimed matrices of a site, those that share a tensor-level scale together."""
-        grouped: dict[str, list[tuple[Claim, LinearPart]]] = {}
-        for heard in site.parts:
-            if heard.module not in self._by_module:
-                continue
-            claim, part = self._by_module[heard.module]
-            assert claim.scheme is not None
-            shared = part.fuse_group if claim.scheme.shares_tensor_scale else None
-            grouped.setdefault(shared or part.module, []).append((claim, part))
-        return [tuple(job) for job in grouped.values()]
+        if site.name not in self._jobs_of:
+            modules = [heard.module for heard in site.parts if heard.module in self._by_module]
+            self._jobs_of[site.name] = scale_groups(self._by_module[module] for module in modules)
+        return self._jobs_of[site.name]
 
-    def _solve_jobs(self, batch: Sequence[_Heard], writer: ShardWriter) -> list[PartError]:
+    def _solve_jobs(self, batch: Sequence[HeardJob], writer: ShardWriter) -> list[PartError]:
         """Solves jobs of one scheme and solver, each with moments of its own."""
         claim, first = batch[0][0][0]
         scheme, solver = claim.scheme, claim.solver
         assert scheme is not None
         assert solver is not None
-        groups = [([self._exact.weight(part).float() for _, part in job], moments) for job, moments in batch]
+        groups = [([self._weight(part) for _, part in job], moments) for job, moments in batch]
         try:
-            importance_I = norm_importance(self._source, claim.role.input_norm, first.in_features)
+            norms = None if self._smoother is None else self._smoother.norms
+            importance_I = norm_importance(self._source, claim.role.input_norm, first.in_features, norms)
             if importance_I is not None:
                 importance_I = importance_I.to(self._streams.device)
             heard = [(weights_OI, moments) for weights_OI, moments in groups if moments is not None]
@@ -245,11 +348,18 @@ class BlockWalk:
         for (job, moments), results in zip(batch, solved, strict=True):
             for (claim, part), result in zip(job, results, strict=True):
                 tensors = result.tensors | self._input_tensors(claim, part)
-                for local, tensor in tensors.items():
-                    writer.write(f"{part.module}.{local}", tensor)
+                if solver.learning is None:
+                    self._write(writer, part, tensors)
+                else:
+                    self._started.append(Started(claim, part, tensors))
                 self._put(claim, part, tensors)
-                errors.append(PartError.of(part, scheme, result, None if moments is None else moments.rows))
+                found = PartError.of(part, scheme, result, None if moments is None else moments.rows)
+                errors.append(found if self._smoother is None else self._smoother.told(found))
         return errors
+
+    def _write(self, writer: ShardWriter, part: LinearPart, tensors: Mapping[str, torch.Tensor]) -> None:
+        for local, tensor in tensors.items():
+            writer.write(f"{part.module}.{local}", tensor)
 
     def _rounded(self, site: Site, x_NI: torch.Tensor) -> torch.Tensor:
         """Inputs as an engine rounds them before it multiplies."""
@@ -280,31 +390,11 @@ class BlockWalk:
             return
         self._fed.put(part, scheme.decode(tensors, part.out_features, part.in_features))
         if scheme.rounds_inputs:
-            self._fed.round_inputs(
-                part, lambda x: scheme.round_inputs(x.reshape(-1, x.shape[-1]), tensors).view(x.shape)
-            )
+            from compressor.stages.training import rounding
+
+            self._fed.round_inputs(part, rounding(scheme, tensors))
 
 
-def _shared(ranges: Mapping[Site, InputRange]) -> dict[str, InputRange]:
-    """The ranges of one step's sites by name; engines have one for all experts of a layer."""
-    merged: dict[int, InputRange] = {}
-    for site, heard in ranges.items():
-        if site.routed:
-            known = merged.get(site.in_features)
-            merged[site.in_features] = heard if known is None else known.merge(heard)
-    return {site.name: merged[site.in_features] if site.routed else heard for site, heard in ranges.items()}
-
-
-def _alike(jobs: Sequence[_Heard]) -> list[list[_Heard]]:
-    """Jobs that may be solved at once: of one scheme, solver and shape."""
-    grouped: dict[object, list[_Heard]] = {}
-    for job, moments in jobs:
-        claim = job[0][0]
-        shapes = tuple((part.out_features, part.in_features) for _, part in job)
-        key = (claim.scheme, claim.solver, claim.role.input_norm, shapes, moments is None)
-        grouped.setdefault(key, []).append((job, moments))
-    return list(grouped.values())
-
-
-def _item_bytes(claim: Claim) -> int:
-    return claim.tensor.nbytes // claim.tensor.numel
+def _whole(output: torch.Tensor | None) -> torch.Tensor:
+    assert output is not None, "nothing stops the pass"
+    return output

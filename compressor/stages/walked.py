@@ -28,6 +28,11 @@ def layer_name(index: int) -> str:
     return f"layer-{index:05d}.safetensors"
 
 
+def smoothing_name(made_by: str) -> str:
+    """The scales that were folded into ``made_by``: what a rerun needs, and no part of the result."""
+    return f"smoothing:{made_by}"
+
+
 class WalkedTensors:
     """The finished tensors of all blocks, read one by one; opening it reads the files' headers.
 

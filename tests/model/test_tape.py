@@ -398,3 +398,18 @@ def test_a_twin_has_its_own_weights_once_they_are_put(family: Open) -> None:
     for site in (site for step in twin.steps for site in step):
         for part in site.parts:
             assert torch.equal(block.weight(part), twin.weight(part)) == (part.module not in changed)
+
+
+def test_a_block_drops_what_its_twin_keeps(family: Open) -> None:
+    """The matrices asked for stay; the twin computes as before."""
+    tape, states = _record(family("llama4"))
+    block = tape.load(1)
+    before = _must(tape.run(block, states, 0))
+    twin = block.twin()
+    part = block.steps[-1][0].parts[0]
+    kept = block.weight(part).clone()
+    block.drop([part])
+    assert torch.equal(block.weight(part), kept)
+    left = [name for name, parameter in block.module.named_parameters() if not parameter.is_meta]
+    assert len(left) == 1
+    assert torch.equal(_must(tape.run(twin, states, 0)), before)

@@ -36,6 +36,11 @@ def quadratic(error_OI: torch.Tensor, h_II: torch.Tensor) -> float:
     return float((error_OI.double() @ h_II.double() * error_OI.double()).sum())
 
 
+def upper_root(h_BII: torch.Tensor) -> torch.Tensor:
+    """fp32 upper triangular M with H = M M^T, computed in fp64."""
+    return torch.linalg.cholesky(h_BII.double().flip(1, 2)).float().flip(1, 2)
+
+
 def optimal_brain_rounding(
     weight_OI: torch.Tensor,
     h_II: torch.Tensor,

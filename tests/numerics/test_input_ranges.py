@@ -14,6 +14,7 @@ from compressor.numerics.input_ranges import (
     VALUE_BITS,
     InputRange,
     RangeSums,
+    _peaks,
     best_e4m3_scale,
     best_nvfp4_scale,
     bin_centres,
@@ -165,3 +166,13 @@ def test_ranges_scale_with_the_inputs() -> None:
     small, large = _heard(_normal(200)), _heard(_normal(200) * 1024)
     assert best_e4m3_scale(large) == 1024 * best_e4m3_scale(small)
     assert best_nvfp4_scale(large) == best_nvfp4_scale(small) / 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_largest_of_16_bit_values(dtype: torch.dtype) -> None:
+    """Found by their bits: also zeros of either sign, subnormals, infinities and NaN."""
+    x_NI = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x_NI[1, :16], x_NI[2, 3], x_NI[3, 20] = -0.0, -float("inf"), float("nan")
+    x_NI[4] *= 1e-7
+    expected = x_NI.float().abs().unflatten(1, (-1, 16)).amax(dim=-1)
+    assert torch.equal(_peaks(x_NI).nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0))

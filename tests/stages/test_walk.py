@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from compressor.checkpoint.folder import FolderSource
 from compressor.dialects import DIALECTS
 from compressor.errors import CheckpointError
+from compressor.model import paused
+from compressor.model.blocks import Block
+from compressor.model.tape import Tape
 from compressor.planner.layout import group_units, pack_shards
 from compressor.progress import Silent
 from compressor.stages.base import Claim
@@ -265,3 +271,68 @@ def test_why_data_was_not_used_is_said(tmp_path: Path) -> None:
     _walk(folder, claims, tmp_path / "walk", progress=heard)
     (warning,) = (text for text in heard.warnings if "all zero" in text)
     assert "model.layers.1.self_attn." in warning
+
+
+def test_nothing_passes_where_nothing_is_heard(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain rounding walks only to be polished: no block runs, and a rerun goes on."""
+    runs: list[str] = []
+    run = Tape.run
+
+    def counted(self: Tape, block: Block, *args: Any, **options: Any) -> torch.Tensor | None:
+        runs.append(block.path)
+        return run(self, block, *args, **options)
+
+    monkeypatch.setattr(Tape, "run", counted)
+    claims = claims_of(FolderSource(folder), {"scheme": "nvfp4a16"})
+    _walk(folder, claims, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        _walk(folder, claims, tmp_path / "part", progress=_Stopping(6))
+    again = _Warned()
+    assert _walk(folder, claims, tmp_path / "part", progress=again)
+    assert again.notes[0] == "model.layers.1"
+    assert _hashes(tmp_path / "part") == _hashes(tmp_path / "whole")
+    assert runs == []
+    ranged = claims_of(FolderSource(folder), {"scheme": "fp8_static"})
+    _walk(folder, ranged, tmp_path / "ranged")
+    assert set(runs) == {f"model.layers.{index}" for index in range(3)}
+
+
+class _Threads(Silent):
+    """Counts the threads of this process while matrices are solved."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.most = max(self.most, len(os.listdir("/proc/self/task")))
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    """For torch, whatever this process was given."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+@pytest.mark.usefixtures("four_threads")
+def test_passes_that_wait_keep_few_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a team of OpenMP's: of 24 batches none waits where so many teams are too many."""
+    folder = tiny_llama(tmp_path / "model", layers=1, hidden=256, intermediate=512)
+    hashes, most = [], []
+    for name, threads in (("all", 512), ("few", 48)):
+        monkeypatch.setattr(paused, "_MOST_THREADS", threads)
+        source, told = FolderSource(folder), _Threads()
+        target = tmp_path / name
+        target.mkdir()
+        claims = claims_of(source, {"scheme": "nvfp4a16", "solver": GPTQ})
+        walk(source, claims, some_tokens(24, 128), replace(SPEC, batch_tokens=128), target, told)
+        hashes.append(_hashes(target))
+        most.append(told.most)
+    assert hashes[0] == hashes[1]
+    # Passes and the teams' other threads; the process has its own besides.
+    assert most[0] >= 24 * 4 > 48 > most[1]

@@ -22,7 +22,13 @@ from compressor.stages.base import Claim
 from compressor.stages.importance import norm_importance
 from compressor.stages.walk import WalkSpec
 
-SPEC = WalkSpec(batch_tokens=64, dtype="float32", states="host", moment_bytes=1 << 30, keep_inputs=True)
+SPEC = WalkSpec(
+    batch_tokens=64,
+    dtype="float32",
+    states="host",
+    moment_bytes=1 << 30,
+    keep_inputs=True,
+)
 # The matrices of a Llama block that read one input, in the order in which they compute.
 STEPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -54,7 +60,7 @@ def whole_model_walk(
     """
     exact, fed = _load(folder), _load(folder)
     by_module = {claim.role.parts[0].module: claim for claim in claims if claim.scheme is not None}
-    found = {}
+    found: dict[str, dict[str, torch.Tensor]] = {}
     for index in range(exact.config.num_hidden_layers):
         for leaves in STEPS:
             names = [f"model.layers.{index}.{leaf}" for leaf in leaves]
@@ -67,7 +73,8 @@ def whole_model_walk(
             width = exact.get_submodule(heard[0]).in_features
             inputs = [_input(exact, heard[0], ids) for ids in batches]
             measured = _input_tensors(scheme, inputs)
-            sums = MomentSums(width, "cpu", with_cross=True)
+            weight_OI = torch.cat([exact.get_submodule(name).weight for name in heard])
+            sums = MomentSums(width, "cpu", with_change=True, weight_OI=weight_OI)
             for ids, x_NI in zip(batches, inputs, strict=True):
                 fed_NI = _input(fed, heard[0], ids)
                 sums.add(scheme.round_inputs(fed_NI, measured) if scheme.rounds_inputs else fed_NI, x_NI)
