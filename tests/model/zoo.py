@@ -42,6 +42,11 @@ _LINEAR_ATTENTION: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention"],
 }
+# Its norms have no weights; it takes no ``head_dim``.
+_OLMO: dict[str, Any] = {
+    **{name: value for name, value in _COMMON.items() if name != "head_dim"},
+    "clip_qkv": 6.0,
+}
 
 
 def _of(model: str, config: str, *, common: bool = True, **more: Any) -> Callable[[Path], Path]:
@@ -109,6 +114,8 @@ FAMILIES: Mapping[str, Callable[[Path], Path]] = {
         layer_types=["sliding_attention", "full_attention"],
     ),
     "granite": _of("GraniteForCausalLM", "GraniteConfig", logits_scaling=3.0, residual_multiplier=0.5),
+    # Values are clamped: none of those that it makes, but what large scales make of them.
+    "olmo": _of("OlmoForCausalLM", "OlmoConfig", common=False, **_OLMO),
     "olmo2": _of("Olmo2ForCausalLM", "Olmo2Config"),
     "falcon": _gpt(
         "FalconForCausalLM",
