@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, WithJsonSchema
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.schemes.base import Scheme
+    from compressor.solvers.learned import Learned
+    from compressor.solvers.smooth import Smooth
     from compressor.solvers.statistics import Moments
+
+# Of each weight of a block that is learned: where it begins, its offset, the best one, Adam's two moments, a
+# gradient, and what rounding makes meanwhile.
+LEARNED_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,26 @@ class Solver(BaseModel):
     def needs_calibration(self) -> bool:
         """Whether the solver must see activations (then the weights stage is a walk, not a stream)."""
         return False
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether ``solve_heard`` looks at its moments; a solver that needs calibration may do without."""
+        return self.needs_calibration
+
+    @property
+    def label(self) -> str:
+        """The solver as recipes spell it, without its options: ``gptq+learned``."""
+        return self.kind
+
+    @property
+    def smoothing(self) -> Smooth | None:
+        """The solver ``smooth`` where it folds scales into what lies before the matrices, else None."""
+        return None
+
+    @property
+    def learning(self) -> Learned | None:
+        """How the block is trained once all of its matrices are solved; None where it is not."""
+        return None
 
     @property
     def bytes_per_s(self) -> float:
@@ -91,3 +117,17 @@ class Solver(BaseModel):
     ) -> list[list[Solved]]:
         """``solve_heard`` of several groups with moments of their own, such as experts; perhaps at once."""
         return [self.solve_heard(weights_OI, scheme, moments, importance_I) for weights_OI, moments in groups]
+
+
+def _parsed(value: Any) -> Solver:
+    from compressor.solvers import parse_solver  # the table of solvers, some of which hold others
+
+    return parse_solver(value)
+
+
+InnerSolver = Annotated[
+    SerializeAsAny[Solver],
+    BeforeValidator(_parsed),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "required": ["kind"]}]}),
+]
+"""A field of a solver that takes any solver, by name or mapping."""

@@ -100,8 +100,8 @@ def test_faults(value: Any, message: str) -> None:
 
 
 def test_solver_faults() -> None:
-    """Calibrated solvers are named as such."""
-    with pytest.raises(ValueError, match=r"solver 'awq' needs calibration.*use rtn"):
+    """Methods that go by another name here are told it."""
+    with pytest.raises(ValueError, match=r"solver 'awq' goes by another name here: smooth\+gptq"):
         parse_solver("awq")
     with pytest.raises(ValueError, match=r"unknown solver 'rnt'; did you mean 'rtn'\?"):
         parse_solver("rnt")
@@ -118,13 +118,19 @@ def test_fields() -> None:
 
 
 def test_json_schema_lists_all() -> None:
-    """The schema takes any known name, or the mapping of any of them."""
+    """The schema takes any known name, or the mapping of any of them; of solvers names joined by "+" too."""
     properties = Holder.model_json_schema()["properties"]
     for field, known in (("scheme", known_schemes()), ("solver", known_solvers())):
-        names, *mappings = properties[field]["anyOf"]
+        names, *others = properties[field]["anyOf"]
         assert names == {"type": "string", "enum": list(known)}
-        assert [mapping["properties"]["kind"]["const"] for mapping in mappings] == list(known)
+        mappings = [other for other in others if "properties" in other]
         assert all("kind" in mapping["required"] for mapping in mappings)
+        kinds = [mapping["properties"]["kind"] for mapping in mappings]
+        assert [kind["const"] for kind in kinds if "const" in kind] == list(known)
+        # by themselves, and as the only key of a mapping
+        joined = [other for other in (*others, *kinds) if "pattern" in other]
+        assert len(joined) == (2 if field == "solver" else 0)
+        assert all(re.search(kind["pattern"], "smooth+gptq") for kind in joined)
 
 
 def test_tables_hold_the_builtins() -> None:
