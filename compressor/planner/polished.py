@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from compressor.calibration.spec import CalibrationSpec
 from compressor.device import available_device_bytes, available_memory_bytes
 from compressor.errors import UserError
-from compressor.model.families import block_index, text_config
 from compressor.planner.calibrated import WalkPlan
 from compressor.planner.predict import BASE_RSS_BYTES, Prediction
+from compressor.planner.sizes import (
+    BATCH_TOKENS,
+    DTYPE_BYTES,
+    Device,
+    active_parameters,
+    hidden_size,
+    in_block,
+    vocabulary_size,
+)
 from compressor.recipe.polish import PolishSection
 from compressor.stages.base import Claim
 from compressor.stages.polish import CHUNK_VALUES, PolishSpec, held_out_rows
 from compressor.workspace import stage_key
 
-POLISH_VERSION = 1
-# Tokens of one forward pass, and the most logits that it makes: several copies of them are held.
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+POLISH_VERSION = 2
+# The most logits that one forward pass makes: several copies of them are held.
 _BATCH_LOGITS = {"cpu": 1 << 27, "cuda": 1 << 29}
 _LOGIT_COPIES = 4
 # fp32 copies of the logits that the loss works on at a time.
 _CHUNK_COPIES = 6
-_ASSUMED_VOCABULARY = 128_000
-_ASSUMED_HIDDEN = 8192
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-# fp32 numbers held for one that can move: before, exponent, gradient, the optimizer's four, temporaries.
-_NUMBERS_EACH = 10
+# fp32 numbers held for one that can move: before (twice), value, exponent, gradient, the optimizer's four,
+# temporaries.
+_NUMBERS_EACH = 13
 # A block's weights while it is passed backward, in fp32, and its activations, in hidden states.
 _BLOCK_COPIES = 3
 _BLOCK_STATES = 40
@@ -52,7 +57,7 @@ class PolishPlan:
     """
 
     spec: PolishSpec
-    device: Literal["cpu", "cuda"]
+    device: Device
     held_bytes: int
     stage_bytes: int
     time_s: float
@@ -83,7 +88,7 @@ def check_polish(
 ) -> list[UserError]:
     """Every reason why nothing could be polished so."""
     faults = []
-    if not any(claim.scheme is not None and _in_block(claim) for claim in claims):
+    if not any(claim.scheme is not None and in_block(claim) for claim in claims):
         faults.append(
             UserError("nothing to polish: no matrix inside the blocks is quantized", where="weights.polish")
         )
@@ -110,12 +115,9 @@ def plan_polish(
     section: PolishSection, walk: WalkPlan, claims: Sequence[Claim], config: dict[str, Any], seed: int
 ) -> PolishPlan:
     """Decides dtype and batches of a polish, and what it costs; ``seed`` is the recipe's."""
-    vocabulary = text_config(config).get("vocab_size")
-    hidden = text_config(config).get("hidden_size")
-    vocabulary = vocabulary if type(vocabulary) is int else _ASSUMED_VOCABULARY
-    hidden = hidden if type(hidden) is int else _ASSUMED_HIDDEN
+    vocabulary, hidden = vocabulary_size(config), hidden_size(config)
     length = walk.calibration.sequence_length
-    tokens = min(_BATCH_TOKENS[walk.device], max(_BATCH_LOGITS[walk.device] // max(1, vocabulary), length))
+    tokens = min(BATCH_TOKENS[walk.device], max(_BATCH_LOGITS[walk.device] // vocabulary, length))
     spec = PolishSpec(
         steps=section.steps,
         learning_rate=section.learning_rate,
@@ -124,9 +126,9 @@ def plan_polish(
         batch_tokens=tokens,
         dtype=walk.walk.dtype,
     )
-    width = _DTYPE_BYTES[spec.dtype]
+    width = DTYPE_BYTES[spec.dtype]
     parameters = sum(claim.tensor.numel for claim in claims)
-    inside = [claim for claim in claims if claim.scheme is not None and _in_block(claim)]
+    inside = [claim for claim in claims if claim.scheme is not None and in_block(claim)]
     codes = sum(claim.tensor.numel for claim in inside)
     scales = sum(
         output.numel for claim in inside for output in claim.outputs if output.name.endswith("weight_scale")
@@ -138,7 +140,7 @@ def plan_polish(
         + codes
         + 4 * _NUMBERS_EACH * scales
         + 4 * _BLOCK_COPIES * block
-        + 4 * _CHUNK_COPIES * CHUNK_VALUES
+        + 4 * _CHUNK_COPIES * CHUNK_VALUES[walk.device]
         + width * passed * (hidden * (len(walk.blocks) + _BLOCK_STATES) + vocabulary * _LOGIT_COPIES)
     )
     rows = held_out_rows(walk.calibration.num_samples)
@@ -148,14 +150,10 @@ def plan_polish(
         device=walk.device,
         held_bytes=held,
         stage_bytes=walk.walked_bytes + 4 * 4 * scales,
-        time_s=2 * parameters * work / _FLOPS[walk.device],
+        time_s=2 * active_parameters(claims, config) * work / _FLOPS[walk.device],
     )
 
 
 def polish_key(plan: PolishPlan, walked: str) -> str:
     """Content key of the polish; ``walked`` is the walk's."""
     return stage_key("polish", POLISH_VERSION, {**asdict(plan.spec), "device": plan.device}, [walked])
-
-
-def _in_block(claim: Claim) -> bool:
-    return block_index(claim.tensor.name) is not None

@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, cos, isfinite, pi
+from math import cos, isfinite, pi
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
 from compressor.device import pick_device, synchronize
-from compressor.progress import Progress
+from compressor.progress import Progress, Silent
 from compressor.stages.base import Claim
 from compressor.stages.polish_files import State, load_state, save_state, write_polished
 from compressor.stages.tokens import calibration_tokens
@@ -36,8 +36,8 @@ _MEASURES = 10
 _WARM_UP = 0.05
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-12
-# Logits that are turned into probabilities at a time.
-CHUNK_VALUES = 1 << 23
+# Logits that are turned into probabilities at a time, by device.
+CHUNK_VALUES = {"cpu": 1 << 23, "cuda": 1 << 27}
 # Between two times that the state is saved; so many times longer than the saving took, at least.
 _SAVE_S = 60.0
 _WORTH = 20.0
@@ -84,7 +84,8 @@ def polish_stage(
         CheckpointError: as ``polish``.
         UserError: the disk is full.
     """
-    shown = calibration_tokens(source, calibration, walked, progress)
+    # The walk has told of what was left out of them.
+    shown = calibration_tokens(source, calibration, walked, Silent())
     return polish(source, claims, shown.ids_NT, spec, walked, folder, progress)
 
 
@@ -130,7 +131,7 @@ def polish(
     work = _Polish(whole, result, ids_NT.to(device), spec, folder, progress)
     state, resumed = work.run()
     knobs = result.knobs
-    knobs.exponents.copy_(state.best)
+    knobs.put(state.best)
     kept = state.best_kl < state.first_kl
     if kept and not knobs.is_sane:
         progress.warn("the polish made values that no format stores: the walk's values stay")
@@ -173,11 +174,13 @@ class _Polish:
         """All steps; the state after the last, and whether an earlier run had begun."""
         import torch
 
+        from compressor.stages.training import row_order
+
         spec, knobs = self._spec, self._knobs
         started = time.monotonic()
         found = load_state(self._folder, knobs.exponents)
         state = found or State.begin(knobs.exponents, self._measure())
-        knobs.exponents.copy_(state.exponents)
+        knobs.put(state.exponents)
         order = row_order(len(self._train_NT), self._rows * spec.steps, spec.seed)
         self._progress.start("polish", spec.steps, "items", done=state.step)
         every = max(1, spec.steps // _MEASURES)
@@ -208,7 +211,7 @@ class _Polish:
         """Leaves the gradient of the mean divergence over the rows with the knobs."""
         import torch
 
-        self._knobs.gradients.zero_()
+        self._knobs.clear_gradients()
         for ids_BT in torch.split(ids_RT, self._batch_rows):
             with torch.no_grad():
                 wanted = self._source_logits(ids_BT)
@@ -217,14 +220,14 @@ class _Polish:
 
     def _move(self, state: State) -> None:
         """One step of Adam."""
-        gradients, step = self._knobs.gradients, state.step + 1
+        gradients, step = self._knobs.gradients(), state.step + 1
         state.mean.lerp_(gradients, 1 - _BETAS[0])
         state.square.lerp_(gradients.square(), 1 - _BETAS[1])
         mean = state.mean / (1 - _BETAS[0] ** step)
         square = state.square / (1 - _BETAS[1] ** step)
         rate = learning_rate(state.step, self._spec.steps, self._spec.learning_rate)
         state.exponents.sub_(rate * mean / (square.sqrt() + _EPSILON))
-        self._knobs.exponents.copy_(state.exponents)
+        self._knobs.put(state.exponents)
 
     def _compare(self, state: State) -> None:
         kl = self._measure()
@@ -257,27 +260,18 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
     return highest * 0.5 * (1 + cos(pi * (step - warm + 1) / (steps - warm + 1)))
 
 
-def row_order(rows: int, count: int, seed: int) -> torch.Tensor:
-    """int64 [count]: rows 0 to ``rows`` - 1 in a random order, and again in another, as often as needed."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(rows, generator=generator) for _ in range(ceil(count / rows))]
-    return torch.cat(rounds)[:count]
-
-
 def divergence(logits_BTV: torch.Tensor, wanted_BTV: torch.Tensor) -> torch.Tensor:
-    """fp32 scalar: KL(wanted || logits) summed over tokens, a few tokens at a time in fp32."""
+    """fp32 scalar: KL(wanted || logits) summed over tokens, some tokens at a time in fp32."""
     import torch
     from torch.nn.functional import kl_div, log_softmax
     from torch.utils.checkpoint import checkpoint
 
     def summed(logits_NV: torch.Tensor, wanted_NV: torch.Tensor) -> torch.Tensor:
-        log_q, log_p = (log_softmax(found.float(), dim=-1) for found in (logits_NV, wanted_NV))
+        log_q, log_p = (log_softmax(found, -1, dtype=torch.float32) for found in (logits_NV, wanted_NV))
         return kl_div(log_q, log_p, reduction="sum", log_target=True)
 
     vocabulary = logits_BTV.shape[-1]
-    tokens = max(1, CHUNK_VALUES // vocabulary)
+    tokens = max(1, CHUNK_VALUES[logits_BTV.device.type] // vocabulary)
     parts = zip(
         torch.split(logits_BTV.reshape(-1, vocabulary), tokens),
         torch.split(wanted_BTV.reshape(-1, vocabulary), tokens),

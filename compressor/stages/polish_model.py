@@ -22,7 +22,9 @@ from compressor.model.routed import Rounding, heard_forward
 from compressor.model.stubs import Stub
 from compressor.model.whole import WholeModel
 from compressor.stages.base import Claim
-from compressor.stages.polish_scales import Assembled, Knob, Knobs, Matrix, straight
+from compressor.stages.polish_scales import Knob, Knobs
+from compressor.stages.polish_weights import Assembled, Free, Stack, stacked
+from compressor.stages.training import RoundedOnce, input_scales, rounding
 from compressor.stages.walked import WalkedTensors
 
 if TYPE_CHECKING:
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 
 # Gives a parameter's value as it is now, with a gradient.
 _Made = Callable[[], torch.Tensor]
+# Name -> all such values of a block, and of the model, once the knobs are known.
+_Values = Callable[[], dict[str, torch.Tensor]]
+_Assembly = Callable[[Knobs], _Values]
+# A parameter of the matrices that lie in it.
+_Whole = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
 class PolishedModel:
@@ -69,20 +76,20 @@ class PolishedModel:
         self._rest: dict[str, _Made] = {}
         constants = self._changed(whole, walked)
         vectors = self._vectors(source, whole, walked)
-        made: list[dict[str, _Made]] = []
+        made: list[_Assembly] = []
+        once: list[list[RoundedOnce]] = []
         for index, path in enumerate(whole.blocks):
-            matrices = self._matrices(path, whole.places[index], walked, constants)
-            made.append({})
-            for name, value in (constants | vectors | matrices).items():
-                if name.startswith(f"{path}."):
-                    made[-1][name.removeprefix(f"{path}.")] = value
+            places = [place for place in whole.places[index] if self._is_walked(place, walked)]
+            made.append(self._matrices(path, places, walked, constants))
+            once.append(self._round(path, places, walked))
+        self.knobs = Knobs(self._found, device)
         inside = tuple(f"{path}." for path in whole.blocks)
         for name, value in (constants | vectors).items():
             if not name.startswith(inside):
                 self._rest[name] = value
-        for path, values in zip(whole.blocks, made, strict=True):
-            self._wrap(path, values)
-        self.knobs = Knobs(self._found, device)
+        for path, assembly, rounded in zip(whole.blocks, made, once, strict=True):
+            others = _below(path, constants | vectors)
+            self._wrap(path, others, assembly(self.knobs), rounded)
 
     def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """[B, T, vocabulary] of the result as it would be stored now."""
@@ -133,7 +140,7 @@ class PolishedModel:
         return found
 
     def _cast(self, knob: Knob) -> _Made:
-        return lambda: knob.value().to(self._dtype)
+        return lambda: knob.value.to(self._dtype)
 
     def _offsets(self, whole: WholeModel) -> dict[type[nn.Module], float]:
         """Class of norms -> what it adds to its weight, as the family knows of those before matrices."""
@@ -146,58 +153,97 @@ class PolishedModel:
             if piece.tensor in offsets
         }
 
+    def _is_walked(self, place: Place, walked: WalkedTensors) -> bool:
+        return self._by_tensor[place.piece.tensor].scheme is not None and place.part.module in walked
+
+    def _scheme(self, place: Place) -> Scheme:
+        scheme = self._by_tensor[place.piece.tensor].scheme
+        assert scheme is not None
+        return scheme
+
     def _matrices(
         self, path: str, places: Sequence[Place], walked: WalkedTensors, constants: Mapping[str, _Made]
-    ) -> dict[str, _Made]:
-        """Parameter -> its value, for those of a block with matrices that were walked."""
-        inside: dict[str, list[tuple[Place, _Made]]] = {}
-        rounding: dict[tuple[str, str], Rounding] = {}
-        for place in places:
-            scheme = self._by_tensor[place.piece.tensor].scheme
-            if scheme is None or place.part.module not in walked:
-                continue
-            tensors = walked.local(place.part.module)
-            inside.setdefault(place.parameter, []).append((place, self._matrix(scheme, place, tensors)))
-            if scheme.rounds_inputs:
-                rounding.setdefault((place.owner, place.phase), _rounding(scheme, tensors))
+    ) -> _Assembly:
+        """What assembles a block's parameters with matrices that were walked."""
+        free: list[tuple[int, Free]] = []
+        fixed: dict[int, torch.Tensor] = {}
+        inside: dict[str, list[int]] = {}
+        for number, place in enumerate(places):
+            inside.setdefault(place.parameter, []).append(number)
+            matrix = self._matrix(place, walked.local(place.part.module))
+            if isinstance(matrix, Free):
+                free.append((number, matrix))
+            else:
+                fixed[number] = matrix
+        stacks = stacked(free)
+        self._found += [matrix.knob for _, members in stacks for matrix in members]
         block = self._model.get_submodule(path)
-        self._round(block, rounding)
-        found: dict[str, _Made] = {}
-        for name, members in inside.items():
-            parameter = block.get_parameter(name.removeprefix(f"{path}."))
-            base = constants[name]() if name in constants else parameter.detach()
-            found[name] = _whole(base, members)
-        return found
+        wholes: dict[str, tuple[list[int], _Whole]] = {}
+        for name, numbers in inside.items():
+            local = name.removeprefix(f"{path}.")
+            base = constants[name]() if name in constants else block.get_parameter(local).detach()
+            wholes[local] = numbers, _whole(base, [places[number] for number in numbers])
 
-    def _matrix(self, scheme: Scheme, place: Place, tensors: dict[str, torch.Tensor]) -> _Made:
-        part = place.part
+        def assembly(knobs: Knobs) -> _Values:
+            made = [(numbers, Stack(members, knobs)) for numbers, members in stacks]
+            stacks.clear()  # their codes are in ``made`` now
+            return lambda: _assembled(made, fixed, wholes, self._dtype)
+
+        return assembly
+
+    def _matrix(self, place: Place, tensors: dict[str, torch.Tensor]) -> Free | torch.Tensor:
+        """The matrix taken apart, or as it is if nothing about it can move."""
+        scheme, part = self._scheme(place), place.part
         free = scheme.free_scales(tensors, part.out_features, part.in_features)
         if free is None:
             weight_OI = scheme.decode(tensors, part.out_features, part.in_features)
-            return _constant(weight_OI.to(self._device, self._dtype))
+            return weight_OI.to(self._device, self._dtype)
         knob = Knob(f"{part.module}.{free.local}", free.scale_BC, 0.0, self._device)
-        self._found.append(knob)
-        matrix = Matrix(free, knob, self._device)
-        return lambda: matrix.weight(self._dtype)
+        return Free(free, knob, self._device)
 
-    def _round(self, block: nn.Module, rounding: Mapping[tuple[str, str], Rounding]) -> None:
-        """Has the layers of a block round their inputs as an engine does."""
+    def _round(self, path: str, places: Sequence[Place], walked: WalkedTensors) -> list[RoundedOnce]:
+        """Has the layers of a block round their inputs as an engine does, equal inputs once."""
+        block = self._model.get_submodule(path)
+        alike: dict[object, RoundedOnce] = {}
         experts: dict[str, dict[str, Rounding]] = {}
-        for (owner, phase), rounded in rounding.items():
-            if phase:
-                experts.setdefault(owner, {})[phase] = rounded
+        seen: set[tuple[str, str]] = set()
+        for place in places:
+            scheme, owner = self._scheme(place), (place.owner, place.phase)
+            if not scheme.rounds_inputs or owner in seen:
+                continue
+            seen.add(owner)
+            scales = input_scales(walked.local(place.part.module))
+            key = scheme, tuple((name, tuple(scale.tolist())) for name, scale in sorted(scales.items()))
+            rounded = alike.setdefault(key, RoundedOnce(rounding(scheme, scales)))
+            if place.phase:
+                experts.setdefault(place.owner, {})[place.phase] = rounded
             else:
-                block.get_submodule(owner).register_forward_pre_hook(_hook(rounded))
-        for owner, phases in experts.items():
-            module = block.get_submodule(owner)
+                block.get_submodule(place.owner).register_forward_pre_hook(_hook(rounded))
+        for name, phases in experts.items():
+            module = block.get_submodule(name)
             module.forward = heard_forward(module, lambda _phase, _rows: None, phases)
+        return list(alike.values())
 
-    def _wrap(self, path: str, values: Mapping[str, _Made]) -> None:
-        """Puts a stub in the place of a block, which computes with ``values`` and keeps its inputs only."""
+    def _wrap(
+        self, path: str, others: Mapping[str, _Made], matrices: _Values, rounded: Sequence[RoundedOnce]
+    ) -> None:
+        """Puts a stub in the place of a block, which computes with values made anew, and keeps its inputs.
+
+        Args:
+            path: of the block.
+            others: parameter -> its value, for norms and biases.
+            matrices: gives those of matrices.
+            rounded: rounds inputs of several matrices.
+        """
         block = self._model.get_submodule(path)
 
         def compute(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(block, {name: value() for name, value in values.items()}, args, kwargs)
+            values = {name: value() for name, value in others.items()} | matrices()
+            try:
+                return functional_call(block, values, args, kwargs)
+            finally:
+                for rounding_once in rounded:
+                    rounding_once.forget()
 
         def called(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -212,33 +258,38 @@ def _constant(value: torch.Tensor) -> _Made:
     return lambda: value
 
 
-def _whole(base: torch.Tensor, members: Sequence[tuple[Place, _Made]]) -> _Made:
-    """The parameter of which ``members`` are parts and ``base`` the rest."""
-    place, alone = members[0]
-    view = place.view(base)
+def _below(path: str, values: Mapping[str, _Made]) -> dict[str, _Made]:
+    """Those of parameters in the module at ``path``, by their names there."""
+    prefix = f"{path}."
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def _whole(base: torch.Tensor, places: Sequence[Place]) -> _Whole:
+    """What makes the parameter of its matrices at ``places``; ``base`` is the rest."""
+    view = places[0].view(base)
     if view.shape == base.shape and view.stride() == base.stride():
-        return alone
-    views = [place.view for place, _ in members]
+        return lambda weights_OI: weights_OI[0]
+    views = [place.view for place in places]
 
-    def made() -> torch.Tensor:
-        weights_OI = (weight() for _, weight in members)
-        assembled: torch.Tensor = Assembled.apply(base, views, *weights_OI)  # type: ignore[no-untyped-call]
-        return assembled
+    def whole(weights_OI: Sequence[torch.Tensor]) -> torch.Tensor:
+        made: torch.Tensor = Assembled.apply(base, views, *weights_OI)  # type: ignore[no-untyped-call]
+        return made
 
-    return made
-
-
-def _rounding(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> Rounding:
-    """What an engine makes of rows of inputs; the gradient passes as if they were not rounded."""
-    inputs = {name: tensor for name, tensor in tensors.items() if name.startswith("input_")}
-
-    def rounded(x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            made = scheme.round_inputs(x.detach().reshape(-1, x.shape[-1]), inputs).view(x.shape)
-        return straight(made, x)
-
-    return rounded
+    return whole
 
 
-def _hook(rounding: Rounding) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-    return lambda _, args: (rounding(args[0]), *args[1:])
+def _assembled(
+    stacks: Sequence[tuple[Sequence[int], Stack]],
+    fixed: Mapping[int, torch.Tensor],
+    wholes: Mapping[str, tuple[Sequence[int], _Whole]],
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Parameter -> its value, from numbered matrices in stacks and fixed ones."""
+    weights = dict(fixed)
+    for numbers, stack in stacks:
+        weights.update(zip(numbers, stack.weights(dtype), strict=True))
+    return {name: whole([weights[n] for n in numbers]) for name, (numbers, whole) in wholes.items()}
+
+
+def _hook(rounded: Rounding) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+    return lambda _, args: (rounded(args[0]), *args[1:])

@@ -1,28 +1,16 @@
 """What a polish may move: scales, norms and biases, each number by a factor of its own that starts at one.
 
-The codes stay. Values are rounded to what will be stored on the way forward, and not at all on the way back
-(straight-through estimator, arXiv:1308.3432): the loss is that of the stored numbers.
-
-Legend: O out_features, I in_features, B x C the groups as a matrix, W columns of a group.
+The codes stay; gradients pass the rounding to what will be stored (``training.py``). All numbers lie one
+after another, so that a step takes a few operations for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    from compressor.schemes.base import FreeScales
-
-# Formats of one byte that hold units exactly: E2M1 and E4M3 values and small integers, then other integers.
-_UNIT_DTYPES = (torch.float8_e4m3fn, torch.int8, torch.float32)
-
-
-def straight(rounded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The values of ``rounded`` with the gradient of ``x``, which must be finite."""
-    return rounded.detach() + (x - x.detach())
+from compressor.stages.training import as_stored
 
 
 class Knob:
@@ -31,127 +19,92 @@ class Knob:
     Attributes:
         name: of the stored tensor.
         start: fp32, its values before.
-        exponent: fp32 leaf of the same shape, the p; a view of all knobs' (see ``Knobs``).
-
-    Args:
-        name: see above.
-        stored: the tensor before.
         offset: what the model adds to the stored numbers before it multiplies by them.
-        device: that computes.
+        dtype: the stored one.
+        value: fp32 leaf, what would be stored now; with the gradient of the numbers (see ``Knobs``).
     """
 
     def __init__(self, name: str, stored: torch.Tensor, offset: float, device: torch.device) -> None:
         self.name = name
         self.start = stored.to(device).float()
-        self.exponent = torch.zeros(0)
-        self._dtype = stored.dtype
-        self._offset = offset
+        self.offset = offset
+        self.dtype = stored.dtype
+        self.value = self.start
 
-    def value(self) -> torch.Tensor:
-        """fp32: what would be stored now, with a gradient for ``exponent``."""
+
+class Knobs:
+    """All knobs of a model; ``put`` moves them. Knobs of one dtype stay in the order given.
+
+    Attributes:
+        exponents: fp32 [n], all p; changed by ``put`` alone.
+    """
+
+    def __init__(self, knobs: Iterable[Knob], device: torch.device) -> None:
+        self._knobs = sorted(knobs, key=lambda knob: str(knob.dtype))
+        self._first: dict[str, int] = {}
+        self._dtypes: dict[torch.dtype, slice] = {}
+        last = 0
+        for knob in self._knobs:
+            self._first[knob.name] = last
+            begun = self._dtypes.get(knob.dtype, slice(last, last)).start
+            last += knob.start.numel()
+            self._dtypes[knob.dtype] = slice(begun, last)
+        empty = [torch.empty(0, device=device)]
+        self._start = torch.cat(empty + [knob.start.flatten() for knob in self._knobs])
+        # what exp(p) multiplies
+        self._moving = torch.cat(empty + [(knob.start + knob.offset).flatten() for knob in self._knobs])
+        self._fixed_sign = torch.cat(
+            [empty[0].bool()] + [torch.full_like(k.start, not k.offset).flatten().bool() for k in self._knobs]
+        )
+        self._values, self._of_values = self._start.clone(), torch.zeros_like(self._start)
+        self.exponents = torch.zeros_like(self._start)
+        for knob in self._knobs:
+            knob.start = self._start[self._part([knob])].view(knob.start.shape)
+            knob.value = self.leaf([knob])
+
+    def _part(self, knobs: Sequence[Knob]) -> slice:
+        first = self._first[knobs[0].name]
+        last = first
+        for knob in knobs:
+            assert self._first[knob.name] == last, "the knobs do not follow one another"
+            last += knob.start.numel()
+        return slice(first, last)
+
+    def leaf(self, knobs: Sequence[Knob]) -> torch.Tensor:
+        """fp32: the values of knobs that follow one another, flat if they are several; follows ``put``."""
+        part, shape = self._part(knobs), knobs[0].start.shape if len(knobs) == 1 else (-1,)
+        leaf = self._values[part].view(shape).requires_grad_()
+        leaf.grad = self._of_values[part].view(shape)
+        return leaf
+
+    @torch.no_grad()
+    def put(self, exponents: torch.Tensor) -> None:
+        """Moves all numbers: the p are ``exponents`` now."""
+        self.exponents.copy_(exponents)
         # In this form nothing at all changes while p is zero.
-        moved = self.start + (self.start + self._offset) * self.exponent.expm1()
-        return straight(self._rounded(moved), moved)
+        moved = self._start + self._moving * self.exponents.expm1()
+        for dtype, part in self._dtypes.items():
+            self._values[part] = as_stored(moved[part], dtype, self._start[part])
 
-    def stored(self) -> torch.Tensor:
-        """What would be stored now, in the stored dtype, on the CPU."""
-        return self.value().detach().to(self._dtype).cpu()
+    def clear_gradients(self) -> None:
+        """Before the first ``backward`` of a step."""
+        self._of_values.zero_()
+
+    @torch.no_grad()
+    def gradients(self) -> torch.Tensor:
+        """fp32 [n], of the p: what all ``backward`` since ``clear_gradients`` add up to."""
+        return self._of_values * self._moving * self.exponents.exp()
 
     @property
     def is_sane(self) -> bool:
         """Whether all values are finite, and no sign changed unless the model adds an offset."""
-        value = self.value().detach()
-        signs = bool(self._offset) or torch.equal(value.sign(), self.start.sign())
-        return signs and bool(value.isfinite().all())
-
-    def _rounded(self, moved: torch.Tensor) -> torch.Tensor:
-        largest = torch.finfo(self._dtype).max
-        rounded = moved.detach().clamp(-largest, largest).to(self._dtype).float()
-        return torch.where((rounded == 0) & (self.start != 0), self.start, rounded)
-
-
-class Knobs:
-    """All knobs of a model; their exponents and gradients lie one after another in two tensors.
-
-    Attributes:
-        exponents: fp32 [n].
-        gradients: fp32 [n], filled by ``backward``.
-    """
-
-    def __init__(self, knobs: Iterable[Knob], device: torch.device) -> None:
-        self._knobs = sorted(knobs, key=lambda knob: knob.name)
-        sizes = [knob.start.numel() for knob in self._knobs]
-        self.exponents = torch.zeros(sum(sizes), device=device)
-        self.gradients = torch.zeros(sum(sizes), device=device)
-        for knob, p, gradient in zip(
-            self._knobs, torch.split(self.exponents, sizes), torch.split(self.gradients, sizes), strict=True
-        ):
-            knob.exponent = p.view(knob.start.shape).requires_grad_()
-            knob.exponent.grad = gradient.view(knob.start.shape)
-
-    @property
-    def is_sane(self) -> bool:
-        """Whether every value could be stored."""
-        return all(knob.is_sane for knob in self._knobs)
+        kept = self._values.sign() == self._start.sign()
+        return bool(((kept | ~self._fixed_sign) & self._values.isfinite()).all())
 
     def changed(self) -> dict[str, torch.Tensor]:
-        """Name -> stored tensor of all knobs whose stored values are others than before."""
-        with torch.no_grad():
-            return {
-                knob.name: knob.stored() for knob in self._knobs if not torch.equal(knob.value(), knob.start)
-            }
-
-
-class Matrix:
-    """A matrix whose codes stay: ``weight`` computes it from the scales as they are now.
-
-    Args:
-        free: the stored tensors taken apart.
-        knob: of the scales.
-        device: that computes.
-    """
-
-    def __init__(self, free: FreeScales, knob: Knob, device: torch.device) -> None:
-        self.knob = knob
-        self._rows, self._columns = free.group
-        self._divisor = None if free.divisor is None else free.divisor.to(device)
-        self._units_OI = _small(free.units_OI).to(device)
-
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """[O, I]: in fp32 the numbers that the scheme's ``decode`` gives."""
-        scale_BC = self.knob.value()
-        if self._divisor is not None:
-            scale_BC = scale_BC / self._divisor
-        out_features, in_features = self._units_OI.shape
-        scale_OC = scale_BC
-        if self._rows > 1:
-            scale_OC = scale_BC.repeat_interleave(self._rows, dim=0)[:out_features]
-        units_OCW = self._units_OI.view(out_features, -1, self._columns).float()
-        return (units_OCW * scale_OC[..., None]).view(out_features, in_features).to(dtype)
-
-
-def _small(units_OI: torch.Tensor) -> torch.Tensor:
-    """The units in the smallest dtype that holds them."""
-    return next(
-        small for dtype in _UNIT_DTYPES if torch.equal((small := units_OI.to(dtype)).float(), units_OI)
-    )
-
-
-class Assembled(torch.autograd.Function):
-    """A parameter put together of matrices that lie in it, as views tell; and its gradient cut up again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, base: torch.Tensor, views: Sequence[Any], *weights_OI: torch.Tensor
-    ) -> torch.Tensor:
-        """``base`` with the matrix of each view (a function of the parameter) replaced."""
-        ctx.views = views
-        made = base.clone()
-        for view, weight_OI in zip(views, weights_OI, strict=True):
-            view(made).copy_(weight_OI)
-        return made
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The same views of the gradient."""
-        return None, None, *(view(gradients[0]) for view in ctx.views)
+        """Name -> tensor in the stored dtype, on the CPU, of all knobs whose values changed."""
+        return {
+            knob.name: knob.value.detach().to(knob.dtype).cpu()
+            for knob in self._knobs
+            if not torch.equal(knob.value.detach(), knob.start)
+        }

@@ -149,3 +149,30 @@ def test_faults(
     recipe = write_recipe(tmp_path / "recipe.yaml", source, weights, _rest(texts, rows=rows))
     with pytest.raises((PlanError, RecipeFaults), match=said):
         compressor.plan(recipe, output=tmp_path / "out")
+
+
+class _Warned(Silent):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_what_is_left_out_of_the_texts_is_told_once(tmp_path: Path, source: Path) -> None:
+    """Walk and polish read the same tokens; the walk tells."""
+    call = {"messages": [{"role": "assistant", "content": None}]}
+    lines = [call, *[{"text": "Five wizards quickly jump over my boxed vintage. " * 20}] * 2]
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = "{path: " + json.dumps(str(tmp_path / "shown.jsonl")) + "}"
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        source,
+        "{scheme: int8, polish: {steps: 1, tokens: 64}}",
+        f"calibration: {{datasets: [{shown}], num_samples: 4, sequence_length: 64}}\nevaluate: null",
+    )
+    heard = _Warned()
+    compressor.run(recipe, output=tmp_path / "out", progress=heard)
+    assert sum("left out" in text for text in heard.warnings) == 1

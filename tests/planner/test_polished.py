@@ -10,7 +10,7 @@ import pytest
 from compressor.calibration.spec import CalibrationSpec, DatasetSpec
 from compressor.dialects import DIALECTS
 from compressor.model.families import family_for
-from compressor.planner import calibrated, polished
+from compressor.planner import calibrated, polished, sizes
 from compressor.planner.claims import claim_tensors
 from compressor.planner.polished import PolishPlan, plan_polish, polish_key
 from compressor.recipe.model import WeightsSection
@@ -25,7 +25,7 @@ SHOWN = CalibrationSpec((DatasetSpec("shown", Path("shown.txt")),), num_samples=
 
 @pytest.fixture(autouse=True)
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrated, "has_accelerator", lambda: False)
+    monkeypatch.setattr(sizes, "has_accelerator", lambda: False)
     monkeypatch.setattr(calibrated, "has_fast_bfloat16", lambda: False)
 
 
