@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,26 +107,39 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
                 return RunResult(done, load_report(done))
         _check_target(plan, recipe_yaml, stages[-1].key)
         check_known(plan.source.config, plan.source.label)
-        if not plan.workspace.finished(stages[0].name, stages[0].key):
-            _check_early(plan)
         costs = []
-        for stage in stages:
-            if fresh:
-                plan.workspace.discard(stage.name, stage.key)
-            costs.append(_resume_or_execute(plan, stage, progress))
+        with _placed(plan):
+            if not plan.workspace.finished(stages[0].name, stages[0].key):
+                _check_early(plan)
+            for stage in stages:
+                if fresh:
+                    plan.workspace.discard(stage.name, stage.key)
+                costs.append(_resume_or_execute(plan, stage, progress))
         return _export(plan, recipe_yaml, stages, costs, progress)
 
 
+@contextmanager
+def _placed(plan: Plan) -> Iterator[None]:
+    """Puts file:line:column in the place of a recipe's key, as the plan does for the faults that it finds."""
+    try:
+        yield
+    except UserError as error:
+        place = plan.loaded.places.get(error.where)
+        if place is None:
+            raise
+        raise UserError(error.what, where=place, fix=error.fix) from error
+
+
 def _check_early(plan: Plan) -> None:
-    """Refuses, before hours are spent, a text that is too short and a model that cannot be walked."""
-    if plan.evaluation is not None:
-        check_tokens(plan.source, plan.evaluation, plan.workspace)
+    """Refuses, before anything is spent, a model that cannot be walked and a text that is too short."""
     if plan.walk is not None:
         from compressor.model.tape import check_walkable
 
         check_walkable(plan.source)
     if plan.oneshot is not None:
         check_oneshot(plan.source, plan.claims)
+    if plan.evaluation is not None:
+        check_tokens(plan.source, plan.evaluation, plan.workspace)
 
 
 def evaluate_again(plan: Plan, progress: Progress) -> EvalResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import re
 from pathlib import Path
 
 from compressor.calibration.formats import is_json_lines
@@ -13,6 +12,7 @@ from compressor.errors import UserError
 from compressor.workspace import file_sha256
 
 _CHUNK_BYTES = 8 << 20
+_FIX = "name a text or .jsonl file that you may read"
 
 
 def text_sha256(path: Path) -> str:
@@ -22,7 +22,7 @@ def text_sha256(path: Path) -> str:
         UserError: it is no ordinary file, of a format that is not read, empty, unreadable or not UTF-8.
     """
     if not path.is_file():
-        raise UserError("the calibration text is not a file", where=str(path))
+        raise UserError("the calibration text is not a file", where=str(path), fix=_FIX)
     is_json_lines(path)  # refuses other formats
     digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     position = 0
@@ -36,11 +36,13 @@ def text_sha256(path: Path) -> str:
     except UnicodeDecodeError as error:
         # Counted from what the decoder had held back of the chunk before.
         begin = position - (len(error.object) - len(chunk))
-        raise UserError(f"not UTF-8 text (byte {begin + error.start})", where=str(path)) from error
+        what = f"not UTF-8 text (byte {begin + error.start})"
+        raise UserError(what, where=str(path), fix="convert it, with iconv for example") from error
     except OSError as error:
-        raise UserError(f"the text cannot be read: {error.strerror}", where=str(path)) from error
+        what = f"the text cannot be read: {error.strerror}"
+        raise UserError(what, where=str(path), fix=_FIX) from error
     if position == 0:
-        raise UserError("the calibration text is empty", where=str(path))
+        raise UserError("the calibration text is empty", where=str(path), fix=_FIX)
     return digest.hexdigest()
 
 
@@ -81,15 +83,6 @@ def check_calibration(
         rows = int(round(share * spec.num_samples, 9))
         faults += _too_small(dataset, rows * spec.sequence_length, where)
     return faults
-
-
-def calibration_warnings(spec: CalibrationSpec) -> list[str]:
-    """What a user should know before the run."""
-    return [
-        f"calibration: {dataset.name} is not pinned to a commit: {dataset.revision} may change"
-        for dataset in spec.datasets
-        if dataset.revision is not None and not re.fullmatch(r"[0-9a-f]{40}", dataset.revision)
-    ]
 
 
 def _too_small(dataset: DatasetSpec, tokens: int, where: str) -> list[UserError]:

@@ -69,7 +69,8 @@ class _JsonLines(Sequence[Row]):
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"not JSON: {error}", where=where) from error
+            fix = "write one JSON object a line, with a field `text` or `messages`"
+            raise UserError(f"not JSON: {error}", where=where, fix=fix) from error
         return _document(record, self._field, where)
 
 
@@ -80,7 +81,7 @@ def _document(record: object, field: str | None, where: str) -> Row:
         UserError: there is none, or it is something else.
     """
     if not isinstance(record, dict):
-        raise UserError("not an object with fields", where=where)
+        raise UserError("not an object with fields", where=where, fix='write {"text": "..."}')
     if field is None:
         field = "text" if "text" in record else "messages"
     value = record.get(field)

@@ -14,36 +14,56 @@ from compressor.planner.plan import Plan
 from compressor.planner.polished import PolishPlan
 from compressor.planner.predict import Prediction
 
+_NARROW = 80
+_TITLE_WIDTH = 6
+# "weights.rules.0" in one piece.
+_RULE_WIDTH = 15
+
 
 def print_plan(plan: Plan) -> None:
     """Prints the plan on stdout; no colour without a terminal."""
     console = Console(file=sys.stdout, highlight=False, markup=False)
     console.print(Text(plan.loaded.recipe.name, style="bold"))
-    console.print(f"source  {plan.source.label}")
-    if plan.source.note:
-        console.print(f"        {plan.source.note}")
-    console.print(f"family  {plan.family}{': ' + plan.inferred if plan.inferred else ''}")
+    console.print(_titled("source", plan.source.label, plan.source.note))
+    console.print(_titled("family", f"{plan.family}{': ' + plan.inferred if plan.inferred else ''}"))
     console.print()
-    console.print(_rules(plan))
+    console.print(_rules(plan, narrow=console.width < _NARROW))
     console.print(_sizes(plan.prediction))
     console.print(_serving(plan.prediction))
     if plan.walk is not None:
-        console.print(Text(_shown(plan.walk.calibration) + _walked(plan.walk, plan.polish)))
+        console.print(_titled("data", _shown(plan.walk.calibration), *_walked(plan.walk, plan.polish)))
     if plan.oneshot is not None:
-        console.print(
-            Text(_shown(plan.oneshot.calibration) + "        by llm-compressor, the model in memory\n")
-        )
-    measured = " and measure it" if plan.evaluation else ""
-    console.print(
-        f"output  {plan.output} ({len(plan.shards)} shard{'s' if len(plan.shards) > 1 else ''})\n"
-        f"needs   {_gb(plan.prediction.peak_rss_bytes)} of memory for the weights, "
-        f"{_gb(plan.reload_rss_bytes)} to load the result back{measured}\n"
-        f"        {_gb(plan.prediction.disk_bytes)} of disk, "
-        f"about {_time(plan.prediction.time_s)} for the weights on two cores (estimates)",
-        soft_wrap=True,
-    )
+        how = "by llm-compressor, the model in memory"
+        console.print(_titled("data", _shown(plan.oneshot.calibration), how))
+    # A path must survive copying.
+    shards = f"{len(plan.shards)} shard{'s' if len(plan.shards) > 1 else ''}"
+    console.print(f"\noutput  {plan.output} ({shards})", soft_wrap=True)
+    console.print(_titled("needs", *_needs(plan)))
     for warning in plan.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _titled(title: str, *lines: str) -> Table:
+    """Lines with a word before the first; where they are too long, they go on below themselves."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(min_width=_TITLE_WIDTH, no_wrap=True)
+    grid.add_column(overflow="fold")
+    for line in filter(None, lines):
+        grid.add_row(title, Text(line))
+        title = ""
+    return grid
+
+
+def _needs(plan: Plan) -> tuple[str, str]:
+    prediction = plan.prediction
+    measured = " and measure it" if plan.evaluation else ""
+    where = "on the GPU" if plan.walk is not None and plan.walk.device == "cuda" else "on two cores"
+    return (
+        f"{_gb(prediction.peak_rss_bytes)} of memory for the weights, {_gb(plan.reload_rss_bytes)} to load "
+        f"the result back{measured}",
+        f"{_gb(prediction.disk_bytes)} of disk, about {_time(prediction.time_s)} for the weights {where} "
+        "(estimates)",
+    )
 
 
 def _shown(calibration: CalibrationSpec) -> str:
@@ -51,54 +71,51 @@ def _shown(calibration: CalibrationSpec) -> str:
     names = ", ".join(dataset.name for dataset in calibration.datasets)
     return (
         f"calibrated on {calibration.tokens:,} tokens ({calibration.num_samples:,} sequences of "
-        f"{calibration.sequence_length:,}) of {names}\n"
+        f"{calibration.sequence_length:,}) of {names}"
     )
 
 
-def _walked(walk: WalkPlan, polish: PolishPlan | None) -> str:
+def _walked(walk: WalkPlan, polish: PolishPlan | None) -> tuple[str, ...]:
     """And how."""
-    return (
-        f"        forward passes of {walk.walk.batch_tokens:,} tokens in {walk.walk.dtype}; hidden states, "
-        f"{_gb(walk.states_bytes)}, on the {walk.walk.states}\n{_polished(polish) if polish else ''}"
+    passes = (
+        f"forward passes of {walk.walk.batch_tokens:,} tokens in {walk.walk.dtype}; hidden states, "
+        f"{_gb(walk.states_bytes)}, on the {walk.walk.states}"
     )
+    return (passes,) if polish is None else (passes, _polished(polish))
 
 
 def _polished(polish: PolishPlan) -> str:
     spec, device = polish.spec, "GPU" if polish.device == "cuda" else "CPU"
     return (
-        f"        then {spec.steps:,} steps of {spec.tokens:,} tokens to polish scales, norms and biases: "
-        f"about {_gb(polish.held_bytes)} and {_time(polish.time_s)} on the {device}\n"
+        f"then {spec.steps:,} steps of {spec.tokens:,} tokens to polish scales, norms and biases: about "
+        f"{_gb(polish.held_bytes)} and {_time(polish.time_s)} on the {device}"
     )
 
 
-def _rules(plan: Plan) -> Table:
+def _rules(plan: Plan, *, narrow: bool) -> Table:
+    """The claims by rule; in a narrow terminal the reason stands behind what becomes of the tensors."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("rule", "stored as"):
-        table.add_column(name, overflow="fold")
-    for name in ("tensors", "weights", "before", "after"):
+    table.add_column("rule", overflow="fold", min_width=_RULE_WIDTH if narrow else None)
+    table.add_column("stored as", overflow="fold")
+    for name in ("weights", "before", "after") if narrow else ("tensors", "weights", "before", "after"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why 16 bit", overflow="fold")
+    if not narrow:
+        table.add_column("why 16 bit", overflow="fold")
+
+    def add(
+        rule: str, stored: str, tensors: int, reason: str, sizes: tuple[str, str, str], style: str = ""
+    ) -> None:
+        if narrow:
+            table.add_row(rule, f"{stored}: {reason}" if reason else stored, *sizes, style=style)
+        else:
+            table.add_row(rule, stored, f"{tensors:,}", *sizes, reason, style=style)
+
     for row in plan.rows:
-        table.add_row(
-            row.rule,
-            row.stored_as,
-            f"{row.tensors:,}",
-            _count(row.parameters),
-            _gb(row.bytes_before),
-            _gb(row.bytes_after),
-            row.reason,
-        )
+        sizes = (_count(row.parameters), _gb(row.bytes_before), _gb(row.bytes_after))
+        add(row.rule, row.stored_as, row.tensors, row.reason, sizes)
     prediction = plan.prediction
-    table.add_row(
-        "total",
-        "",
-        f"{sum(row.tensors for row in plan.rows):,}",
-        _count(prediction.parameters),
-        _gb(prediction.source_bytes),
-        _gb(prediction.result_bytes),
-        "",
-        style="bold",
-    )
+    total = (_count(prediction.parameters), _gb(prediction.source_bytes), _gb(prediction.result_bytes))
+    add("total", "", sum(row.tensors for row in plan.rows), "", total, "bold")
     return table
 
 

@@ -18,6 +18,9 @@ from compressor.progress import Progress as Reporter
 from compressor.progress import Silent, Unit
 
 _PLAIN_EVERY_S = 15.0
+# In a narrow terminal what is being worked on matters more than the bar.
+_NARROW = 80
+_BAR_WIDTH, _SHORT_BAR_WIDTH = 20, 6
 
 
 class _Rate(ProgressColumn):
@@ -48,7 +51,7 @@ class Bars:
         self._console = console
         self._bars = Progress(
             TextColumn("{task.description}", table_column=None),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=_BAR_WIDTH if console.width >= _NARROW else _SHORT_BAR_WIDTH),
             TextColumn("{task.percentage:>3.0f}%"),
             _Rate(),
             TimeRemainingColumn(compact=True),

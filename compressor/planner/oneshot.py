@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
-from compressor.device import has_accelerator
 from compressor.errors import UserError
-from compressor.model.families import block_index, text_config, tied
+from compressor.model.families import block_index, tied
 from compressor.planner.predict import BASE_RSS_BYTES, Prediction
+from compressor.planner.sizes import (
+    Device,
+    active_parameters,
+    hidden_size,
+    planned_device,
+    quantized_content,
+)
 from compressor.solvers.llmcompressor import LIBRARY, LlmCompressor
 from compressor.stages.base import Claim
 from compressor.workspace import stage_key
@@ -28,7 +34,6 @@ _LIBRARY_BYTES = 300_000_000
 # Forward passes of the model for each modifier, one sequence at a time: one is heard, one passes errors on.
 _PASSES = 2
 _FLOPS = {"cpu": 4e10, "cuda": 2e13}
-_ASSUMED_HIDDEN = 8192
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class OneshotPlan:
     """
 
     calibration: CalibrationSpec
-    device: Literal["cpu", "cuda"]
+    device: Device
     load_bytes: int
     held_bytes: int
     stored_bytes: int
@@ -142,10 +147,8 @@ def plan_oneshot(
         return None
     parameters = sum(claim.tensor.numel for claim in claims)
     quantized = [claim for claim in claims if claim.scheme is not None]
-    hidden = text_config(config).get("hidden_size")
-    width = hidden if type(hidden) is int else _ASSUMED_HIDDEN
-    device: Literal["cpu", "cuda"] = "cuda" if has_accelerator() else "cpu"
-    held = 2 * parameters + 2 * calibration.tokens * width * 2
+    device = planned_device()
+    held = 2 * parameters + 2 * calibration.tokens * hidden_size(config) * 2
     if solver.transforms and solver.overwrites:
         held += 2 * sum(claim.tensor.numel for claim in quantized)
     if device == "cpu" and solver.uses("GPTQModifier"):
@@ -158,7 +161,8 @@ def plan_oneshot(
     stored = sum(claim.result_bytes for claim in quantized)
     if solver.transforms:
         stored += sum(claim.result_bytes for claim in claims if claim.scheme is None)
-    forward_s = len(solver.named) * _PASSES * 2 * parameters * calibration.tokens / _FLOPS[device]
+    work = 2 * active_parameters(claims, config) * calibration.tokens
+    forward_s = len(solver.named) * _PASSES * work / _FLOPS[device]
     return OneshotPlan(calibration, device, 4 * parameters, held, stored, forward_s)
 
 
@@ -168,16 +172,7 @@ def oneshot_key(plan: OneshotPlan, claims: Sequence[Claim], source: str) -> str:
         "calibration": plan.calibration.content,
         "device": plan.device,
         "versions": {package: _version(package) for package in _PACKAGES},
-        "claims": [
-            [
-                claim.tensor.name,
-                [part.module for part in claim.role.parts],
-                claim.scheme.model_dump(mode="json"),
-                claim.solver.model_dump(mode="json"),
-            ]
-            for claim in claims
-            if claim.scheme is not None and claim.solver is not None
-        ],
+        "claims": quantized_content(claims),
     }
     return stage_key("oneshot", ONESHOT_VERSION, spec, [source])
 

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from compressor import data
 from compressor.budget.gates import Gate, check_gate_metric
-from compressor.calibration.check import calibration_warnings, check_calibration
+from compressor.calibration.check import check_calibration
+from compressor.calibration.pinned import pinned
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.sources import open_source
@@ -23,10 +24,12 @@ from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers, u
 from compressor.planner.claims import claim_tensors
 from compressor.planner.kv_bytes import full_context
 from compressor.planner.layout import group_units, pack_shards
+from compressor.planner.learned import learned_on_one_row, learned_twice
 from compressor.planner.oneshot import OneshotPlan, oneshot_faults, oneshot_key, plan_oneshot
 from compressor.planner.places import check_disk, check_places, check_text
 from compressor.planner.polished import PolishPlan, check_polish, plan_polish, polish_key
 from compressor.planner.predict import Prediction, RuleRow, predict, rule_rows
+from compressor.planner.walkable import walk_faults
 from compressor.recipe.load import LoadedRecipe
 from compressor.recipe.mixtures import calibration_spec
 from compressor.stages.base import Claim, Shard, needs_data
@@ -128,13 +131,12 @@ def make_plan(
         raise PlanError(_placed(faults, loaded))
     claims, warnings = settle_solvers(claims)
     faults += unmeasured(claims)
+    faults += learned_twice(claims)
     faults += oneshot_faults(claims, source, polished=recipe.weights.polish is not None)
-    calibration = _calibration(loaded, source, claims, evaluation, faults, warnings)
-    walk, polish = None, None
+    calibration = _calibration(loaded, source, claims, evaluation, faults, warnings, planning)
     oneshot = None if calibration is None else plan_oneshot(claims, calibration, source.config)
-    if calibration is not None and oneshot is None and _needs_data(loaded, claims):
-        walk = plan_walk(claims, calibration, source.config)
-        polish = _polish(loaded, source, walk, claims, faults, warnings)
+    walk = None if oneshot is not None else _walk(loaded, source, calibration, claims, faults, warnings)
+    polish = None if walk is None else _polish(loaded, source, walk, claims, faults, warnings)
     units = group_units(claims)
     # Only Hub sources have a revision: their shards are downloaded into the workspace.
     download = sum(header.nbytes for header in source.headers.values()) if source.revision else 0
@@ -177,6 +179,7 @@ def _calibration(
     evaluation: EvalSpec | None,
     faults: list[UserError],
     warnings: list[str],
+    planning: bool,
 ) -> CalibrationSpec | None:
     """What is calibrated on; adds to ``faults`` and ``warnings`` what it finds."""
     needed = _needs_data(loaded, claims)
@@ -190,13 +193,34 @@ def _calibration(
         warnings.append("calibration has no effect: no scheme or solver of this recipe needs data")
         return spec
     faults += check_calibration(spec, evaluation.text if evaluation else None, longest)
-    warnings += calibration_warnings(spec)
-    return spec
+    found = _collect(faults, lambda: pinned(spec, planning=planning))
+    if found is None:
+        return None
+    warnings += found[1]
+    return found[0]
 
 
 def _needs_data(loaded: LoadedRecipe, claims: list[Claim]) -> bool:
     """Whether any matrix is walked, were it only to be polished."""
     return loaded.recipe.weights.polish is not None or any(needs_data(claim) for claim in claims)
+
+
+def _walk(
+    loaded: LoadedRecipe,
+    source: Source,
+    calibration: CalibrationSpec | None,
+    claims: list[Claim],
+    faults: list[UserError],
+    warnings: list[str],
+) -> WalkPlan | None:
+    """How the blocks are walked, if so; adds to ``faults`` and ``warnings`` what it finds."""
+    if calibration is None or not _needs_data(loaded, claims):
+        return None
+    faults += walk_faults(claims, source.config, source.label)
+    faults += learned_on_one_row(claims, calibration)
+    walk = plan_walk(claims, calibration, source.config)
+    warnings += walk.warnings()
+    return walk
 
 
 def _polish(

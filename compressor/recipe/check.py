@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from compressor.errors import RecipeError
 from compressor.recipe.faults import did_you_mean
+from compressor.recipe.fields import PATTERN_WORDS
 from compressor.recipe.merge import plain
 from compressor.recipe.model import RESERVED, Recipe
 from compressor.recipe.section import Section
@@ -55,7 +56,8 @@ def _details(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mappin
         inner = context.get("error")
         if isinstance(inner, ValidationError):
             yield from _details(inner, path)
-        else:
+        elif detail["type"] != "too_short" or not detail["input"]:
+            # A list whose items all have faults counts as empty: their echo.
             yield path + tuple(context.get("below", ())), detail
 
 
@@ -79,6 +81,9 @@ def _translated(root: Fields, model: type[Section], path: Path, detail: Mapping[
 
 
 def _wanted(detail: Mapping[str, Any]) -> str:
+    pattern = detail.get("ctx", {}).get("pattern")
+    if pattern in PATTERN_WORDS:
+        return PATTERN_WORDS[pattern]
     message = str(detail["msg"]).replace("Input should", "must").replace("String should", "must")
     return _WANTED.get(detail["type"], message)
 

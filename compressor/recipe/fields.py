@@ -84,12 +84,21 @@ class _Or:
 
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
-Slug = Annotated[str, StringConstraints(pattern=rf"^{_NAME}$")]
+_SLUG = rf"^{_NAME}$"
+_REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
+_SHA256 = r"^[0-9a-fA-F]{64}$"
+# What to say where one does not match.
+PATTERN_WORDS = {
+    _SLUG: "must be up to 100 letters, digits, '.', '_' and '-', the first a letter or digit",
+    _REVISION: "must be a branch, tag or commit: letters, digits, '.', '_', '/' and '-'",
+    _SHA256: "must be 64 hexadecimal digits",
+}
+Slug = Annotated[str, StringConstraints(pattern=_SLUG)]
 Metric = Annotated[
     str, AfterValidator(_metric), WithJsonSchema({"type": "string", "pattern": rf"^{_METRIC}$"})
 ]
-Revision = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]
+Revision = Annotated[str, StringConstraints(pattern=_REVISION)]
+Sha256 = Annotated[str, StringConstraints(pattern=_SHA256, to_lower=True)]
 Count = Annotated[int, BeforeValidator(no_bool), Field(ge=1, le=10**12)]
 Window = Annotated[int, BeforeValidator(no_bool), Field(ge=2, le=2**24)]
 Seed = Annotated[int, BeforeValidator(no_bool), Field(ge=0, lt=2**32)]

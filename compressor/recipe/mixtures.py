@@ -83,7 +83,7 @@ def _mixture_file(name: str, folder: Path) -> Path:
         return data.find(f"calibration/{name}.yaml", beside=folder, what="mixture")
     except UserError as error:
         known = sorted(path.stem for path in (data.shipped_root() / "calibration").glob("*.yaml"))
-        fix = f"shipped: {', '.join(known)}; {error.fix}"
+        fix = f"shipped: {', '.join(known)}; or list `datasets` instead; {error.fix}"
         raise PlanError([UserError(error.what, where="calibration.mixture", fix=fix)]) from error
 
 

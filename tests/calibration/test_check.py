@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compressor.calibration import check
-from compressor.calibration.check import calibration_warnings, check_calibration, text_sha256
+from compressor.calibration.check import check_calibration, text_sha256
 from compressor.calibration.documents import open_documents
 from compressor.calibration.spec import CalibrationSpec, DatasetSpec
 from compressor.errors import UserError
@@ -118,13 +118,6 @@ def test_formats_that_are_not_read(tmp_path: Path, name: str, fix: str) -> None:
     assert fix in caught.value.fix
     with pytest.raises(UserError, match="does not read"):
         open_documents(DatasetSpec(name="t", path=tmp_path / name), 1, 0)
-
-
-def test_a_branch_is_warned_of() -> None:
-    """Only a full commit stays what it is."""
-    pinned = DatasetSpec(name="a/b", hub="a/b", revision="0" * 40)
-    spec = CalibrationSpec((pinned, replace(pinned, name="c/d", revision="main")))
-    assert calibration_warnings(spec) == ["calibration: c/d is not pinned to a commit: main may change"]
 
 
 def test_content_is_of_the_texts_and_not_of_their_place(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ class FakeHub:
     """What the Hub holds (``folder``), what it sent (``served``: file -> bytes), and how it misbehaves:
 
     ``fault`` answers everything with an error; ``lie`` takes every revision for ``COMMIT`` and announces
-    false sha256; without ``ranges`` it sends whole files.
+    false sha256; without ``ranges`` it sends whole files. ``commit`` is what branch ``main`` is at.
     """
 
     folder: Path
@@ -31,6 +31,7 @@ class FakeHub:
     fault: str = ""
     lie: bool = False
     ranges: bool = True
+    commit: str = COMMIT
 
 
 FAULTS = {
@@ -52,16 +53,16 @@ class _Handler(BaseHTTPRequestHandler):
         """Model info or a file."""
         hub = cast("_Server", self.server).hub
         path = self.path.partition("?")[0]
-        info = re.fullmatch(rf"/api/models/{REPO}(?:/revision/(.+))?", path)
+        info = re.fullmatch(rf"/api/(?:models|datasets)/{REPO}(?:/revision/(.+))?", path)
         file = re.fullmatch(rf"/{REPO}/resolve/([^/]+)/(.+)", path)
         if hub.fault:
             status, code = FAULTS[hub.fault]
             self._send(status, b"", {"X-Error-Code": code} if code else {})
-        elif info and (hub.lie or info[1] in (None, "main", COMMIT)):
+        elif info and (hub.lie or info[1] in (None, "main", hub.commit)):
             self._send(200, json.dumps(_info(hub)).encode(), {"Content-Type": "application/json"})
         elif info:
             self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        elif file and file[1] == COMMIT and (hub.folder / file[2]).is_file():
+        elif file and file[1] == hub.commit and (hub.folder / file[2]).is_file():
             self._send_file(hub, file[2])
         else:
             self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -70,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, hub: FakeHub, name: str) -> None:
         content = (hub.folder / name).read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": hub.commit}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not wanted or not hub.ranges:
             return self._send(200, content, headers, name)
@@ -109,7 +110,7 @@ def _info(hub: FakeHub) -> dict[str, object]:
                 **large,
             }
         )
-    return {"id": REPO, "sha": COMMIT, "siblings": siblings}
+    return {"id": REPO, "sha": hub.commit, "siblings": siblings}
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def test_an_exported_recipe_calibrates_on_the_same(write: Write, monkeypatch: py
         ("{num_samples: 1000001}", "4:28", "must be less than or equal to 1000000"),
         ("{sequence_length: 1048577}", "4:32", "must be less than or equal to 1048576"),
         ("{sequence_length: 1}", "4:32", "must be greater than or equal to 2"),
-        ("{mixture: ../a}", "4:24", "must match pattern"),
+        ("{mixture: ../a}", "4:24", "must be up to 100 letters"),
         ("[a]", "4:1", "must be a map of keys"),
     ],
 )

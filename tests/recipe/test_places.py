@@ -62,7 +62,7 @@ HEAD = "schema_version: 1\nmodel: {source: m.gguf}\n"
         (SMALL + "seed: true\n", "4:7", "seed: must be a number, not true"),
         (SMALL + "seed: -1\n", "4:7", "seed: must be greater than or equal to 0"),
         (SMALL + "name: 12\n", "4:7", "name: must be text, not 12 -> put it in quotes"),
-        (SMALL + "name: a/b\n", "4:7", "name: must match pattern"),
+        (SMALL + "name: a/b\n", "4:7", "name: must be up to 100 letters"),
         (SMALL + "export: 3\n", "4:9", "export: must be a map of keys, not 3"),
         (HEAD + "weights: {scheme: nvpf4}\n", "3:19", "did you mean 'nvfp4'?"),
         (HEAD + "weights: {scheme: int4, solver: rnt}\n", "3:33", "did you mean 'rtn'?"),
@@ -94,7 +94,7 @@ HEAD = "schema_version: 1\nmodel: {source: m.gguf}\n"
         (
             HEAD.replace("m.gguf", "m.gguf, sha256: abc") + "weights: {scheme: int4}\n",
             "2:33",
-            "must match pattern",
+            "must be 64 hexadecimal digits",
         ),
         (SMALL + "evaluate: true\n", "4:11", "must be a map of keys, not true"),
         (SMALL + "evaluate: {tasks: [piqa, {name: piqa}]}\n", "4:26", "task 'piqa' is listed twice"),
