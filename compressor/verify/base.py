@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Status = Literal["passed", "failed", "skipped"]
+# What was done to weights in 16 bit before they were quantized: rows and columns multiplied, or all mixed.
+Transform = Literal["scaled", "rotated"]
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,20 @@ class EngineAnswer:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a result's own report says of values that data chose, not the nearest rounding.
+    """What a result's own report and recipe say of values that data chose, not the nearest rounding.
 
     Attributes:
         calibrated: modules where a weight that is not the nearest is no fault.
-        moved: norms and biases that a polish moved a little, together with the scales of all matrices.
-        changed: tensors in 16 bit that a transform changed: scales were moved between layers, so that no
-            matrix is the source's one by one.
+        moved: vectors that a polish may have moved a little.
+        trained: whether scales of matrices were trained, by a polish or block by block.
+        changed: tensors in 16 bit that a transform may have changed.
+        transform: what it does to matrices, or None without one.
+        named: all that the report says was changed, be there anything in the recipe that does so or not.
     """
 
     calibrated: frozenset[str] = frozenset()
     moved: frozenset[str] = frozenset()
+    trained: bool = False
     changed: frozenset[str] = frozenset()
+    transform: Transform | None = None
+    named: frozenset[str] = frozenset()

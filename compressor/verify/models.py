@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.stored import StoredTensors
-from compressor.device import available_memory_bytes
+from compressor.device import available_memory_bytes, collect_memory
 from compressor.errors import CheckpointError
 from compressor.progress import Progress
 from compressor.report.model import load_report
 from compressor.spec import DTYPE_BYTES
-from compressor.verify.base import Check, Chosen
+from compressor.verify.base import Check
 from compressor.verify.inputs import Tokens, tokens_of
 from compressor.verify.judge import Logprobs, distance
 from compressor.verify.spec import VerifySpec
@@ -109,7 +108,7 @@ def load_reference(spec: VerifySpec, source: Source | None, progress: Progress) 
     unsimulated = loaded.activations_simulated is False
     how = "its own loader" if loaded.via == "transformers" else "its weights decoded first"
     del loaded
-    _return_memory()
+    collect_memory()
     of_source = None
     if source is not None:
         progress.log("loading the source with transformers")
@@ -175,6 +174,7 @@ def check_quality(checkpoint: Path, reference: Reference) -> list[Check]:
 def check_source_values(checkpoint: Path, source: Source, progress: Progress) -> list[Check]:
     """The checks of ``verify.values``; ``copies`` alone where no quantization is read."""
     from compressor.model.decode import StoredWeights
+    from compressor.verify.chosen import chosen_with_data
     from compressor.verify.values import check_copies, check_values
 
     try:
@@ -182,22 +182,7 @@ def check_source_values(checkpoint: Path, source: Source, progress: Progress) ->
     except CheckpointError as error:
         copies = check_copies(StoredTensors(checkpoint), source, progress)
         return [Check("weights", "skipped", error.what), copies]
-    return check_values(stored, source, progress, _chosen_with_data(checkpoint))
-
-
-def _chosen_with_data(checkpoint: Path) -> Chosen:
-    """What the folder's own report says was chosen with data; nothing without a report."""
-    try:
-        shown = load_report(checkpoint).calibration
-    except CheckpointError:
-        shown = None
-    if shown is None:
-        return Chosen()
-    return Chosen(
-        calibrated=frozenset(matrix.name for matrix in shown.matrices if matrix.solver != "rtn"),
-        moved=frozenset(shown.polish.changed_16bit if shown.polish else ()),
-        changed=frozenset(shown.changed_16bit),
-    )
+    return check_values(stored, source, progress, chosen_with_data(checkpoint))
 
 
 def _mean_loss(logprobs: Logprobs) -> float:
@@ -243,15 +228,3 @@ def _bytes_per_weight(checkpoint: Path) -> int:
     except CheckpointError:  # not quantized, or loading will say what is wrong
         pass
     return _FLOAT32_BYTES
-
-
-def _return_memory() -> None:
-    """Collects what is no longer used and has glibc return it to the system.
-
-    It keeps freed blocks of less than 32 MB, which is all of a small model, and the next model's are not put
-    there: its loader's threads allocate from heaps of their own.
-    """
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

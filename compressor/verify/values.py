@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf, isfinite
 from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source
@@ -24,6 +23,7 @@ from compressor.verify.base import Check, Chosen
 from compressor.verify.resemblance import resemblance
 from compressor.verify.structure.kv_scales import is_kv_scale
 from compressor.verify.structure.layouts import MARKERS
+from compressor.verify.transformed import sane_factors, sane_size, unscaled
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +43,12 @@ CALIBRATED_ERROR = 3.0
 # Rounding shrinks a matrix by no more than its relative squared error; scales that are all too large, which
 # look like calibration otherwise, stretch it. Honest rounding: within 0.01 besides.
 GAIN = 0.02
-# A polish moves single norms and biases by this much of their squared norm at most, and whole matrices by so
-# much more than rounding does.
+# A polish moves single norms and biases by this much of their squared norm at most; trained scales stretch or
+# shrink whole matrices by so much more than rounding does.
 POLISHED = 0.1
-POLISHED_GAIN = 0.1
+TRAINED_GAIN = 0.1
+# Relative squared error of a matrix in 16 bit whose rows and columns were multiplied: that of rounding.
+LIMIT_16BIT = 1e-4
 _SHOWN = 3
 
 
@@ -59,9 +61,11 @@ class _Found:
     far: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     unlike: list[str] = field(default_factory=list)
+    unexplained: bool = False
     unsourced: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
     absent: int = 0
+    moved: int = 0
     changed: int = 0
     calibrated: int = 0
     worst: float = 0.0
@@ -97,23 +101,16 @@ def check_values(stored: StoredWeights, source: Source, progress: Progress, chos
             found.unsourced.append(module)
     for name, header in source.headers.items():
         if name in stored.names and module_free(name, stored):
-            _compare_copy(stored.stored(name), source, header, found, chosen)
+            _compare_copy(stored.stored(name), source, header, roles[name], found, chosen)
         elif not by_tensor[name]:
             found.absent += 1
-        for module, part in by_tensor[name] if not chosen.changed else ():
+        for module, part in by_tensor[name]:
             _compare_matrix(stored, module, _matrix(source, name, part), found, chosen)
             progress.advance(1, module)
         progress.advance(1, name)
     progress.finish()
     found.added = _added(stored, source, roles)
-    weights = _weights_check(found, stored)
-    if chosen.changed and weights.status == "passed":
-        weights = Check(
-            "weights",
-            "skipped",
-            "a transform moved scales between layers (report.json), so no matrix is its source's one by one",
-        )
-    return [weights, _copies_check(found)]
+    return [_weights_check(found, chosen), _copies_check(found)]
 
 
 def check_copies(stored: StoredTensors, source: Source, progress: Progress) -> Check:
@@ -126,7 +123,7 @@ def check_copies(stored: StoredTensors, source: Source, progress: Progress) -> C
     progress.start("values", len(source.headers), "items")
     for name, header in source.headers.items():
         if name in stored.headers:
-            _compare_copy(stored.read(name), source, header, found, Chosen())
+            _compare_copy(stored.read(name), source, header, Role("other"), found, Chosen())
         else:
             found.absent += 1
         progress.advance(1, name)
@@ -155,20 +152,31 @@ def _compare_matrix(
     if decoded_OI.shape != source_OI.shape:
         found.far.append(f"{module} ({tuple(decoded_OI.shape)} instead of {tuple(source_OI.shape)})")
         return
+    if chosen.transform == "rotated":
+        if not sane_size(decoded_OI, source_OI):
+            found.far.append(f"{module} (not finite, or of another size altogether)")
+        return
+    if chosen.transform == "scaled":
+        nearest_OI = unscaled(decoded_OI, source_OI)
+        if nearest_OI is None:
+            found.far.append(f"{module} (not even with a factor for each row and column)")
+            return
+        source_OI = nearest_OI
     scheme = stored.scheme(module)
     found_so = resemblance(decoded_OI, source_OI, _group(scheme, source_OI.shape[1]))
     weights = scheme.weights
     assert weights is not None, "a stored module has a weight scheme"
     found.worst = max(found.worst, found_so.relative)
     limit = LIMIT_4BIT if weights.num_bits <= 4 else LIMIT_8BIT
-    calibrated = module in chosen.calibrated or bool(chosen.moved) or found_so.astray > CALIBRATED
+    loose = chosen.trained or chosen.transform is not None
+    calibrated = module in chosen.calibrated or loose or found_so.astray > CALIBRATED
     if calibrated:
         found.calibrated += 1
         limit = min(limit, CALIBRATED_ERROR * found_so.relative / found_so.excess)
     # NaN compares false with everything.
     if not found_so.relative <= limit:
         found.far.append(f"{module} (relative squared error {found_so.relative:.2g})")
-    elif abs(found_so.gain) > (POLISHED_GAIN if chosen.moved else GAIN) + found_so.relative:
+    elif abs(found_so.gain) > (TRAINED_GAIN if chosen.trained else GAIN) + found_so.relative:
         found.far.append(f"{module} (as a whole {1 + found_so.gain:.2f} times as large)")
     elif found_so.groups and not calibrated:
         found.groups.append(f"{module} ({found_so.groups:,} group(s))")
@@ -185,7 +193,7 @@ def _group(scheme: QuantizationScheme, in_features: int) -> tuple[int, int]:
 
 
 def _compare_copy(
-    ours: torch.Tensor, source: Source, header: TensorHeader, found: _Found, chosen: Chosen
+    ours: torch.Tensor, source: Source, header: TensorHeader, role: Role, found: _Found, chosen: Chosen
 ) -> None:
     import torch
 
@@ -193,19 +201,43 @@ def _compare_copy(
     theirs = source.read(header.name)
     rounded = theirs.to(ours.dtype) if header.dtype in FLOAT_DTYPES else theirs
     same = ours.dtype == rounded.dtype and ours.shape == rounded.shape
-    if same and header.name in chosen.changed | chosen.moved:
-        found.changed += 1
-        error = float((ours.double() - theirs.double()).square().sum())
-        limit = POLISHED * float(theirs.double().square().sum()) if header.name in chosen.moved else inf
-        # NaN compares false with everything.
-        same = error <= limit and isfinite(error)
-    elif same:
-        same = torch.equal(ours, rounded)
+    if same and not torch.equal(ours, rounded):
+        same = _may_differ(ours, theirs, header, role, found, chosen)
+        found.unexplained |= not same and header.name in chosen.named
     if not same:
         found.unlike.append(header.name)
 
 
-def _weights_check(found: _Found, stored: StoredWeights) -> Check:
+def _may_differ(
+    ours: torch.Tensor, theirs: torch.Tensor, header: TensorHeader, role: Role, found: _Found, chosen: Chosen
+) -> bool:
+    """Whether the report and the recipe explain the difference, and it is no larger than these make it."""
+    if header.dtype not in FLOAT_DTYPES:
+        return False
+    # What was scaled and then polished has left the polish's bounds.
+    if header.name in chosen.moved - chosen.changed and ours.dim() < 2:
+        found.moved += 1
+        error = float((ours.double() - theirs.double()).square().sum())
+        # NaN compares false with everything.
+        return error <= POLISHED * float(theirs.double().square().sum())
+    if header.name not in chosen.changed:
+        return False
+    found.changed += 1
+    if chosen.transform == "rotated":
+        return sane_size(ours, theirs)
+    if ours.dim() < 2:
+        # Gemma's norms store their weight less one.
+        return sane_factors(ours, theirs) or sane_factors(ours.double() + 1, theirs.double() + 1)
+    if ours.dim() > 2 or role.kind in ("embedding", "lm_head"):
+        return False
+    nearest_OI = unscaled(ours.float(), theirs.float())
+    if nearest_OI is None:
+        return False
+    error = float((ours.float() - nearest_OI).double().square().sum())
+    return error <= LIMIT_16BIT * float(nearest_OI.double().square().sum())
+
+
+def _weights_check(found: _Found, chosen: Chosen) -> Check:
     if found.unsourced:
         return Check(
             "weights",
@@ -218,8 +250,17 @@ def _weights_check(found: _Found, stored: StoredWeights) -> Check:
         return Check(
             "weights", "failed", f"hold groups whose scale or codes are wrong: {_some(found.groups)}"
         )
+    if chosen.transform == "rotated":
+        return Check(
+            "weights",
+            "skipped",
+            f"{found.matrices:,} matrices were not compared value by value: the recipe rotates them; all are "
+            "finite and of about their source's size",
+        )
     how = "each weight the nearest that its group's scale allows"
-    if found.calibrated:
+    if chosen.transform == "scaled":
+        how = "but for a factor for each row and column, which the recipe's transform moves between layers"
+    elif found.calibrated:
         how = f"{found.calibrated:,} of them not by rounding to nearest"
     return Check(
         "weights",
@@ -231,7 +272,8 @@ def _weights_check(found: _Found, stored: StoredWeights) -> Check:
 
 def _copies_check(found: _Found) -> Check:
     if found.unlike:
-        return Check("copies", "failed", f"differ from the source: {_some(found.unlike)}")
+        why = " (by more than polish or transform of recipe.yaml make it)" if found.unexplained else ""
+        return Check("copies", "failed", f"differ from the source{why}: {_some(found.unlike)}")
     if found.added and not found.absent:
         return Check("copies", "failed", f"in the checkpoint, but not in the source: {_some(found.added)}")
     if found.absent:
@@ -239,8 +281,15 @@ def _copies_check(found: _Found) -> Check:
             f"{found.copies:,} tensors are the source's; {found.absent:,} of the source are not here by name"
         )
         return Check("copies", "passed" if found.copies else "skipped", text)
-    changed = f"; {found.changed:,} were changed with data (report.json)" if found.changed else ""
-    return Check("copies", "passed", f"{found.copies - found.changed:,} tensors are the source's{changed}")
+    text = f"{found.copies - found.moved - found.changed:,} tensors are the source's"
+    if found.moved:
+        text += f"; {found.moved:,} norms and biases were moved by the polish, none by much"
+    if found.changed:
+        text += (
+            f"; {found.changed:,} were changed by a transform and not compared bit for bit: all are finite "
+            "and within its bounds"
+        )
+    return Check("copies", "passed", text)
 
 
 def _added(stored: StoredWeights, source: Source, roles: Mapping[str, Role]) -> list[str]:
