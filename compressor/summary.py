@@ -19,7 +19,10 @@ from compressor.report.calibration import (
     CalibratedMatrix,
     CalibrationFacts,
     CalibrationText,
+    LearnedBlock,
     PolishFacts,
+    SmoothedInput,
+    SmoothedMatrix,
 )
 from compressor.report.model import (
     Device,
@@ -40,7 +43,7 @@ from compressor.report.model import (
     utc_now,
 )
 from compressor.report.serve import serve_facts
-from compressor.stages.base import Claim
+from compressor.stages.base import Claim, needs_calibration
 from compressor.stages.receipts import all_receipts
 from compressor.workspace import STAGE_FILE
 
@@ -117,7 +120,7 @@ def summarize(
         files={
             path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != STAGE_FILE
         },
-        calibration=_calibration(walked, streamed) if walked else None,
+        calibration=_calibration(walked, streamed, plan.claims) if walked else None,
     )
 
 
@@ -242,8 +245,9 @@ def _part_errors(streamed: Path) -> Iterator[Mapping[str, Any]]:
         yield from receipt["errors"]
 
 
-def _calibration(walked: Mapping[str, Any], streamed: Path) -> CalibrationFacts:
+def _calibration(walked: Mapping[str, Any], streamed: Path, claims: Sequence[Claim]) -> CalibrationFacts:
     """What the walk was shown, and the errors of the matrices that a solver fitted to it."""
+    asked = {part.module for claim in claims if needs_calibration(claim) for part in claim.role.parts}
     return CalibrationFacts(
         texts=tuple(CalibrationText(name=name, tokens=tokens) for name, tokens in walked["texts"].items()),
         samples=walked["samples"],
@@ -262,10 +266,13 @@ def _calibration(walked: Mapping[str, Any], streamed: Path) -> CalibrationFacts:
                 note=error["note"],
             )
             for error in _part_errors(streamed)
-            if _is_calibrated(error)
+            # What could not be heard is streamed, by no solver's name, be it an expert's or the head's.
+            if error["module"] in asked and error["solver"] is not None
         ),
+        blocks=tuple(LearnedBlock(**block) for block in walked.get("blocks", ())),
         polish=_polish(walked["polish"]) if "polish" in walked else None,
         changed_16bit=tuple(walked.get("changed_16bit", ())),
+        smoothed=tuple(_smoothed(facts) for facts in walked.get("smoothed", ())),
     )
 
 
@@ -273,9 +280,14 @@ def _polish(facts: Mapping[str, Any]) -> PolishFacts:
     return PolishFacts(**{**facts, "changed_16bit": tuple(facts["changed_16bit"])})
 
 
-def _is_calibrated(error: Mapping[str, Any]) -> bool:
-    """Whether a solver that needs data had the matrix, be it an expert that no token reached."""
-    return error["tokens"] is not None
+def _smoothed(facts: Mapping[str, Any]) -> SmoothedInput:
+    """What smoothing did about one input, as the walk's receipts hold it."""
+    matrices = tuple(
+        SmoothedMatrix(name=name, error_before=before, error_after=after)
+        for name, (before, after) in facts["errors"].items()
+    )
+    rest = {name: value for name, value in facts.items() if name not in ("errors", "readers")}
+    return SmoothedInput(**rest, readers=tuple(facts["readers"]), matrices=matrices)
 
 
 def _relative(error: Mapping[str, Any]) -> float:

@@ -21,16 +21,18 @@ class CalibrationText(Record):
 class CalibratedMatrix(Record):
     """One weight matrix whose values a solver chose with calibration data.
 
-    Both errors are relative squared errors of the layer's output on the calibration tokens themselves, where
-    the layers before it are quantized already; None where no token reached the matrix.
+    Both errors are what rounding added to the layer's output on the calibration tokens themselves, beyond the
+    real numbers that were rounded (``rows.ADDED_ERRORS`` says it in full); None where no token reached it, or
+    where the solver does not measure it.
 
     Attributes:
         name: of the matrix.
         scheme: how it is stored.
         solver: whose values are stored: the solver's, or ``rtn`` where they were no better than those.
         output_error: with the stored values.
-        rtn_output_error: with the values of plain round to nearest.
-        tokens: how many calibration tokens reached the matrix: all, but for experts.
+        rtn_output_error: with the values of plain round to nearest (after smoothing, of the scaled weights).
+        tokens: how many calibration tokens reached the matrix: all, but for experts; None where the solver
+            does not look at its inputs by itself.
         note: why ``rtn`` was used, where it was.
     """
 
@@ -39,8 +41,63 @@ class CalibratedMatrix(Record):
     solver: str
     output_error: Measure | None
     rtn_output_error: Measure | None
-    tokens: Count
+    tokens: Count | None
     note: str | None = None
+
+
+class SmoothedMatrix(Record):
+    """One matrix that reads an input whose scales may have moved.
+
+    Both errors are squared errors of its output with plain round to nearest over the output's square, on some
+    calibration tokens as the source model feeds them, inputs rounded as the scheme says.
+    """
+
+    name: str
+    error_before: Measure
+    error_after: Measure
+
+
+class SmoothedInput(Record):
+    """An input of matrices, whose per-channel scales solver ``smooth`` could move into what makes it.
+
+    Attributes:
+        made_by: the norm's weight, or the matrix, that makes it.
+        readers: the source tensors that read it.
+        form: of what the scales were made: ``inputs`` (their mean magnitude to the exponent), ``both`` (over
+            that of the weights to one less the exponent) or ``peaks`` (the same of the largest); None where
+            nothing was moved.
+        ratio: the exponent.
+        matrices: those that are quantized; errors of weights are relative to the scaled weights.
+        note: why nothing was moved, or None.
+    """
+
+    made_by: str
+    readers: tuple[str, ...]
+    form: str | None
+    ratio: Measure | None
+    matrices: tuple[SmoothedMatrix, ...]
+    note: str | None
+
+
+class LearnedBlock(Record):
+    """One block whose matrices were to be learned together.
+
+    Both errors are squared errors of the block's output over the squared norm of the source's, outlying
+    tokens weighted down, on calibration sequences that were held out; None where nothing was learned.
+
+    Attributes:
+        name: of the block.
+        before: as the matrices were before.
+        after: as they are stored; the best of several steps, chosen on these sequences.
+        tokens: held out.
+        skipped: why nothing was learned, or None.
+    """
+
+    name: str
+    before: Measure | None
+    after: Measure | None
+    tokens: Count
+    skipped: str | None
 
 
 class PolishFacts(Record):
@@ -77,9 +134,11 @@ class CalibrationFacts(Record):
         seed: that chose them.
         dtype: of the forward passes.
         matrices: all that were solved with data, in the order in which they are stored.
+        blocks: those whose matrices were learned together; the matrices' output errors are those before.
         polish: what followed, or None where nothing did; the matrices' errors are those before it.
         changed_16bit: tensors left in 16 bit that a transform changed, whose layers are not the source's one
             by one any more.
+        smoothed: the inputs that solver ``smooth`` looked at; empty without it.
     """
 
     texts: tuple[CalibrationText, ...]
@@ -88,8 +147,10 @@ class CalibrationFacts(Record):
     seed: int
     dtype: str
     matrices: tuple[CalibratedMatrix, ...]
+    blocks: tuple[LearnedBlock, ...] = ()
     polish: PolishFacts | None = None
     changed_16bit: tuple[str, ...] = ()
+    smoothed: tuple[SmoothedInput, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from compressor.report.calibration import CalibratedMatrix, CalibrationFacts, PolishFacts
+from compressor.report.calibration import CalibratedMatrix, CalibrationFacts, PolishFacts, SmoothedInput
+from compressor.report.learned import learned_note
 from compressor.report.model import Gate, Quality, Report, ResultFacts
 from compressor.report.verification import EngineFacts, Verification
 from compressor.report.words import BYTE_UNITS, duration, number, percent, short_name, size
@@ -17,8 +18,17 @@ from compressor.report.words import BYTE_UNITS, duration, number, percent, short
 UNMEASURED = "quality not measured"
 UNVERIFIED = "not verified yet: `compress verify` proves that the checkpoint loads and is served rightly"
 
-SOLVER_HEADS = ("scheme", "values from", "matrices", "output error of rtn", "output error", "change")
-WORST_OUTPUT_HEADS = ("scheme", "worst matrices", "output error of rtn", "output error")
+SOLVER_HEADS = ("scheme", "values from", "matrices", "error of rtn", "error", "change")
+WORST_OUTPUT_HEADS = ("scheme", "worst matrices", "error of rtn", "error")
+# What the errors of both tables are.
+ADDED_ERRORS = (
+    "An error is what rounding added: the squared error of a layer's output with the stored weights, less "
+    "that with the real numbers which were rounded to them (the source's weights, corrected for what the "
+    "quantized layers before hand on), over the output's squared norm. What those real numbers are off the "
+    "source's layer is not in it, so errors do not add up to the model's. They are measured on these very "
+    "tokens, to which the values were fitted, not on held-out text; tokens of outlying inputs are weighted "
+    "down. Means count every matrix alike."
+)
 _WORST_OUTPUTS = 5
 _NAMED = 3
 
@@ -272,11 +282,7 @@ def calibration_caption(report: Report) -> str:
         f"seed {facts.seed}; forward passes in {facts.dtype}."
     )
     if any(matrix.output_error is not None for matrix in facts.matrices):
-        text += (
-            " Errors are squared errors of a layer's output beyond that of the real weights before rounding, "
-            "over its squared norm, tokens of outlying inputs weighted down, on these very tokens, to which "
-            "the values were fitted, not on held-out text. Means count every matrix alike."
-        )
+        text += f" {ADDED_ERRORS}"
     return f"{text} {source_caption(report)}".strip()
 
 
@@ -321,8 +327,10 @@ def worst_output_rows(facts: CalibrationFacts) -> list[tuple[str, str, str, str]
 
 
 def calibration_notes(facts: CalibrationFacts) -> list[str]:
-    """What a polish did, and where calibration changed nothing or had little to go by, a sentence each."""
+    """What polish, smoothing and learning did, and where calibration changed nothing or knew little."""
     polished = [] if facts.polish is None else [_polish_note(facts.polish)]
+    polished += [_smoothing_note(facts.smoothed)] if facts.smoothed else []
+    polished += [learned_note(facts.blocks)] if facts.blocks else []
     kept = [
         matrix.name
         for matrix in facts.matrices
@@ -335,6 +343,21 @@ def calibration_notes(facts: CalibrationFacts) -> list[str]:
         f"tokens: {len(kept):,} of {len(facts.matrices):,}: {_some(kept)}."
     )
     return [*polished, said, *_expert_notes(facts)]
+
+
+def _smoothing_note(smoothed: Sequence[SmoothedInput]) -> str:
+    moved = [found for found in smoothed if found.ratio is not None]
+    text = f"Smoothing: scales of {len(moved):,} of {len(smoothed):,} inputs were folded into what makes them"
+    matrices = [matrix for found in moved for matrix in found.matrices]
+    if not matrices:
+        return f"{text}."
+    before = sum(matrix.error_before for matrix in matrices) / len(matrices)
+    after = sum(matrix.error_after for matrix in matrices) / len(matrices)
+    return (
+        f"{text}; with round to nearest, the mean output error of the {len(matrices):,} matrices that read "
+        f"them, on some of the source's inputs: {number(before, 5)} before, {number(after, 5)} after. Errors "
+        "of their weights are relative to the scaled weights."
+    )
 
 
 def _polish_note(facts: PolishFacts) -> str:
@@ -352,15 +375,15 @@ def _polish_note(facts: PolishFacts) -> str:
 
 def _expert_notes(facts: CalibrationFacts) -> Iterator[str]:
     """Every token reaches every matrix, except those that a router chooses."""
-    routed = [matrix for matrix in facts.matrices if matrix.tokens < facts.tokens]
-    reached = [matrix for matrix in routed if matrix.tokens]
+    heard = [(matrix.tokens, matrix.name) for matrix in facts.matrices if matrix.tokens is not None]
+    reached = [(tokens, name) for tokens, name in heard if 0 < tokens < facts.tokens]
     if reached:
-        least = min(reached, key=lambda matrix: matrix.tokens)
+        tokens, name = min(reached, key=lambda pair: pair[0])
         yield (
             f"Expert matrices that only a part of the tokens reached: {len(reached):,}; "
-            f"the fewest tokens: {least.tokens:,} ({short_name(least.name)})."
+            f"the fewest tokens: {tokens:,} ({short_name(name)})."
         )
-    missed = [matrix.name for matrix in routed if not matrix.tokens]
+    missed = [name for tokens, name in heard if not tokens]
     if missed:
         yield (
             "Expert matrices that no token reached, whose values are not calibrated: "

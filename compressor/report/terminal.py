@@ -18,6 +18,8 @@ from compressor.report.verification import Verification
 from compressor.report.words import size, visible
 
 MIN_WIDTH, MAX_WIDTH = 60, 200
+_NARROW = 80
+_MOST_DIGITS = 12
 
 
 def report_console(file: IO[str], width: int | None = None) -> Console:
@@ -81,7 +83,10 @@ def print_verification(found: Verification, console: Console) -> None:
 def _show_calibration(show: _Printer, facts: CalibrationFacts) -> None:
     show.title("Calibration")
     show.table(rows.SOLVER_HEADS, rows.solver_rows(facts), left=2)
-    show.table(rows.WORST_OUTPUT_HEADS, rows.worst_output_rows(facts), left=2)
+    # Where both do not fit on a line, names matter more than schemes.
+    first = 1 if show.is_narrow else 0
+    worst = [row[first:] for row in rows.worst_output_rows(facts)]
+    show.table(rows.WORST_OUTPUT_HEADS[first:], worst, left=2 - first)
     for note in rows.calibration_notes(facts):
         show.line(note)
 
@@ -98,6 +103,11 @@ class _Printer:
     def __init__(self, console: Console) -> None:
         self._console = console
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether tables of several names do not fit."""
+        return self._console.width < _NARROW
+
     def line(self, text: str, *, style: str = "") -> None:
         self._console.print(self._text(text, style))
 
@@ -111,9 +121,18 @@ class _Printer:
     def table(self, heads: Sequence[str], cells: Iterable[Sequence[str]], *, left: int = 1) -> None:
         """One table; nothing if it has no rows. The first ``left`` columns are words, the others numbers."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+        found = list(cells)
         for index, head in enumerate(heads):
-            table.add_column(head, justify="left" if index < left else "right", overflow="fold")
-        for row in cells:
+            is_number = index >= left
+            # A number is never cut, nor a word above it; names are, where the terminal is narrow.
+            words = [*head.split(), *(row[index] for row in found)] if is_number else []
+            table.add_column(
+                head,
+                justify="right" if is_number else "left",
+                overflow="fold",
+                min_width=min(max(map(len, words), default=0), _MOST_DIGITS),
+            )
+        for row in found:
             table.add_row(*(self._text(cell) for cell in row))
         if table.row_count:
             self._console.print(table)

@@ -16,6 +16,10 @@ from compressor.report.html import render_html
 from compressor.report.model import Report
 from compressor.report.terminal import print_report, report_console
 from compressor.report.words import number
+from compressor.schemes import parse_scheme
+from compressor.solvers import parse_solver
+from compressor.spec import LinearPart, Role, TensorHeader
+from compressor.stages.base import Claim
 from compressor.stages.receipts import PartError
 from compressor.summary import _calibration
 from tests.report.sample import RECIPE, hostile_report, sample_calibration, sample_report
@@ -157,6 +161,14 @@ def test_nothing_solved_with_data_is_no_table() -> None:
     assert "values from" not in render_html(empty) + render_card(empty, RECIPE) + printed(empty, 80)
 
 
+def _claim(modules: str, solver: str) -> Claim:
+    """A tensor that holds a matrix for each letter."""
+    parts = tuple(LinearPart(module, 8, 8) for module in modules)
+    header = TensorHeader("tensor", "BF16", (len(modules), 8, 8))
+    role = Role("linear", parts)
+    return Claim(header, role, "quantize", "weights", "", parse_scheme("int8"), parse_solver(solver), ())
+
+
 def test_facts_from_receipts(tmp_path: Path) -> None:
     """What was solved with data, in the order of the files; what was rounded without is left out."""
     solved = PartError("a", "INT4", 0.1, 1.0, 64, "gptq", output_error=0.2, rtn_output_error=0.3, tokens=16)
@@ -168,7 +180,11 @@ def test_facts_from_receipts(tmp_path: Path) -> None:
         receipt = {"sha256": "", "errors": [asdict(error) for error in errors]}
         (tmp_path / f"model-{index}.safetensors.json").write_text(json.dumps(receipt))
     walked = {"texts": {"prose": 16}, "samples": 2, "sequence_length": 8, "seed": 3, "dtype": "bfloat16"}
-    facts = _calibration(walked, tmp_path)
+    asked = replace(plain, module="f", solver="learned")
+    polished = replace(plain, module="g", solver="rtn")
+    receipt = {"sha256": "", "errors": [asdict(error) for error in (asked, polished)]}
+    (tmp_path / "model-2.safetensors.json").write_text(json.dumps(receipt))
+    facts = _calibration(walked, tmp_path, [_claim("abcdef", "learned"), _claim("g", "rtn")])
     assert (facts.tokens, facts.seed, facts.dtype, facts.texts[0].name) == (16, 3, "bfloat16", "prose")
     found = [(m.name, m.solver, m.output_error, m.rtn_output_error, m.tokens) for m in facts.matrices]
     assert found == [
@@ -176,5 +192,6 @@ def test_facts_from_receipts(tmp_path: Path) -> None:
         ("b", "rtn", None, None, 0),
         ("c", "rtn", None, None, 0),
         ("e", "llmcompressor", None, None, 16),
+        ("f", "learned", None, None, None),
     ]
     assert CalibrationFacts.model_validate_json(facts.model_dump_json()) == facts
