@@ -5,6 +5,10 @@
     python scripts/bench.py plan        `compress plan` on a synthetic 200 GB header set
     python scripts/bench.py calibrated --peers llmcompressor,autoround,gptqmodel,modelopt
                                         calibrated runs of ours and theirs; `--peers` alone means this one
+    python scripts/bench.py layers --shape llama-8b --layers 4 --samples 128 --length 2048
+                                        GPTQ by the layer, on random models of real layer shapes
+    python scripts/bench.py off-grid --train FILE
+                                        fine-tunes the model, so that its weights leave their 4-bit grid
 
 Each measurement runs in a process of its own, ours and theirs alternating; medians and spread go to
 ``bench/results/*.json`` and, as a Markdown table, to stdout. Times are those of this machine: quote ratios.
@@ -23,10 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts.benchmarks.calibrated import calibrated  # noqa: E402
+from scripts.benchmarks.layers import layers  # noqa: E402
+from scripts.benchmarks.off_grid import off_grid  # noqa: E402
 from scripts.benchmarks.plan import plan  # noqa: E402
 from scripts.benchmarks.process import RESULTS, Failed, machine  # noqa: E402
 from scripts.benchmarks.quality import quality  # noqa: E402
 from scripts.benchmarks.settings import PEERS, SCHEMES  # noqa: E402
+from scripts.benchmarks.shapes import SHAPES  # noqa: E402
 from scripts.benchmarks.stream import stream  # noqa: E402
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -34,9 +41,13 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "stream": stream,
     "plan": plan,
     "calibrated": calibrated,
+    "layers": layers,
+    "off-grid": off_grid,
 }
 # Tokens of text: the calibrated table has many rows.
-TOKENS = {"calibrated": 16384}
+TOKENS = {"calibrated": 16384, "layers": 16384, "off-grid": 16384}
+# Benchmarks that run peers too, and the solvers of ours that they run unless others are named.
+OURS = {"calibrated": ["rtn", "gptq"], "layers": ["gptq"]}
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -45,31 +56,52 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("benchmark", choices=BENCHMARKS, nargs="?")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "bench", help="scratch folder")
     parser.add_argument("--rounds", type=_count, default=3, help="alternating runs of each")
-    parser.add_argument("--model", help="quality, calibrated: a local bf16 folder instead of SmolLM2")
+    parser.add_argument("--model", help="a bf16 folder or a GGUF file instead of SmolLM2's GGUF")
     parser.add_argument("--text", default="calibration/heldout.jsonl", help="text to measure on")
     parser.add_argument(
         "--tokens", type=_count, help="tokens to measure on (quality: 65536, calibrated: 16384)"
     )
-    parser.add_argument("--only", nargs="+", help="peers' settings whose names hold one of these words")
+    parser.add_argument(
+        "--only", nargs="+", help="peers' settings whose names hold a WORD, or end with a WORD$"
+    )
     parser.add_argument("--gigabytes", type=float, default=1.0, help="stream: size of the synthetic source")
     parser.add_argument("--search", nargs="+", default=["minmax", "full"], help="stream: searches to time")
-    group = parser.add_argument_group("calibrated")
+    group = parser.add_argument_group("calibrated and layers")
     group.add_argument("--peers", type=_peers, help=f"of {','.join(PEERS)}")
     group.add_argument("--scheme", choices=SCHEMES, default=SCHEMES[0])
     group.add_argument(
-        "--ours", nargs="+", default=["rtn", "gptq"], help='solvers: names, or options as JSON {"kind": ...}'
+        "--ours",
+        nargs="+",
+        help='solvers: names, or options as JSON {"kind": ...}; by default rtn gptq, or gptq',
     )
     group.add_argument("--samples", type=_count, default=128, help="calibration rows")
     group.add_argument("--length", type=_count, default=1024, help="tokens of a row")
-    group.add_argument("--limit-minutes", type=float, default=120, help="a peer's run is stopped after this")
-    group.add_argument("--name", help="of the result file, instead of calibrated-SCHEME")
+    group.add_argument(
+        "--calibration", nargs="+", metavar="FILE", help="texts to calibrate on, instead of the shipped"
+    )
+    group.add_argument("--limit-minutes", type=float, default=120, help="a run is stopped after this")
+    group.add_argument("--name", help="of the result file, instead of calibrated-SCHEME or layers-SHAPE")
+    group.add_argument("--shape", choices=SHAPES, default="llama-8b", help="layers: whose layers")
+    group.add_argument("--layers", type=_count, default=3, help="layers: how many")
+    group = parser.add_argument_group("off-grid")
+    group.add_argument(
+        "--train", nargs="+", metavar="FILE", help="texts to train on: neither calibration nor --text"
+    )
+    group.add_argument("--steps", type=_count, default=200, help="of training")
+    group.add_argument("--step-tokens", type=_count, default=8192, help="tokens of a step")
+    group.add_argument("--rate", type=float, default=5e-5, help="largest learning rate")
+    group.add_argument("--folder", type=Path, help="for the tuned model, instead of WORK/off-grid")
     options = parser.parse_args(words)
     if options.benchmark is None:
         if options.peers is None:
             parser.error("name a benchmark, or --peers for the calibrated one")
         options.benchmark = "calibrated"
-    if options.benchmark == "calibrated" and options.peers is None:
-        options.peers = list(PEERS)
+    if options.benchmark in OURS:
+        if options.peers is None:
+            options.peers = list(PEERS) if options.benchmark == "calibrated" else ["llmcompressor"]
+        options.ours = options.ours or OURS[options.benchmark]
+    if options.benchmark == "off-grid" and not options.train:
+        parser.error("off-grid needs --train FILE")
     if options.tokens is None:
         options.tokens = TOKENS.get(options.benchmark, 65536)
     return options
@@ -79,6 +111,8 @@ def result_name(options: argparse.Namespace) -> str:
     """The result file's name without its ending."""
     if options.benchmark == "calibrated":
         return str(options.name or f"calibrated-{options.scheme}")
+    if options.benchmark == "layers":
+        return str(options.name or f"layers-{options.shape}")
     if options.benchmark == "stream":
         return f"stream-{options.gigabytes:g}gb"
     return str(options.benchmark)

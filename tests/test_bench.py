@@ -12,9 +12,19 @@ import yaml
 
 from scripts.bench import parse, result_name
 from scripts.benchmarks.calibrated import Bench, _row
+from scripts.benchmarks.layers import layer_timing, render_layers
 from scripts.benchmarks.ours import recipe_text
-from scripts.benchmarks.process import Failed, last_error, measured, spread, tensor_bytes
+from scripts.benchmarks.process import (
+    Failed,
+    is_demo,
+    last_error,
+    measured,
+    shown,
+    spread,
+    tensor_bytes,
+)
 from scripts.benchmarks.settings import PEERS, SCHEMES, THEIRS, Setting, chosen, our_setting
+from scripts.benchmarks.shapes import write_model
 from scripts.benchmarks.table import render
 
 
@@ -89,7 +99,7 @@ def test_the_recipe_is_one_that_the_package_reads(scheme: str, tmp_path: Path) -
     assert loaded.calibration is not None
     assert (loaded.calibration.num_samples, loaded.calibration.sequence_length) == (8, 256)
     assert loaded.evaluate is None
-    assert yaml.safe_load(recipe.read_text())["weights"]["solver"] == {"kind": "gptq"}
+    assert yaml.safe_load(recipe.read_text())["weights"]["solver"] == "gptq"
 
 
 def test_a_failure_is_told_by_the_line_that_names_the_exception() -> None:
@@ -99,6 +109,23 @@ def test_a_failure_is_told_by_the_line_that_names_the_exception() -> None:
     assert last_error(text, 1) == "RuntimeError: no triton"
     assert last_error("INFO loading\nerror: no such file\n\n", 2) == "error: no such file"
     assert last_error("", -9) == "exit status -9"
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ("see /home/me/out/error-1.log for more", "see error-1.log for more"),
+        ("/data/models/tiny", "tiny"),
+        ("calibration/heldout.jsonl", "calibration/heldout.jsonl"),
+        (
+            "https://example.org/a/b.html and/or pkg:x/y.gguf",
+            "https://example.org/a/b.html and/or pkg:x/y.gguf",
+        ),
+    ],
+)
+def test_result_files_do_not_name_folders_of_a_machine(told: str, kept: str) -> None:
+    """Absolute paths lose their folders; relative ones and addresses stay."""
+    assert shown(told) == kept
 
 
 def test_a_process_is_measured_and_its_failure_raised() -> None:
@@ -208,3 +235,171 @@ def test_a_setting_that_cannot_be_run_says_why(tmp_path: Path) -> None:
     options = parse(["--peers", "gptqmodel", "--model", str(tmp_path), "--work", str(tmp_path)])
     with pytest.raises(Failed, match="none of its formats is NVFP4"):
         Bench(options, []).once(next(s for s in THEIRS["nvfp4"] if s.peer == "gptqmodel"))
+
+
+def test_only_may_name_the_end_of_a_row() -> None:
+    """``WORD$`` tells a setting from those that add to it."""
+    rows = chosen("nvfp4a16", ["gptq"], ["llmcompressor"], only=["GPTQ$"])
+    assert [row.name for row in rows] == ["compressor, gptq", "llmcompressor, GPTQ"]
+    assert len(chosen("nvfp4a16", ["gptq"], ["llmcompressor"], only=["GPTQ"])) > 2
+
+
+def test_ours_may_be_polished_and_calibrated_on_other_texts(tmp_path: Path) -> None:
+    """The recipe's own sections, as the package's parser reads them."""
+    from compressor.recipe.load import load_recipe
+
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a"}\n')
+    recipe = tmp_path / "bench.yaml"
+    solver = our_setting('{"kind": "gptq", "polish": {"steps": 5}}').options
+    recipe.write_text(recipe_text(tmp_path, "nvfp4a16", solver, 8, 256, [str(text)]))
+    loaded = load_recipe(str(recipe)).recipe
+    assert loaded.weights.polish is not None
+    assert loaded.weights.polish.steps == 5
+    assert loaded.calibration is not None
+    assert [dataset.path for dataset in loaded.calibration.datasets or ()] == [str(text)]
+
+
+def test_a_demo_model_is_one_wherever_its_file_lies() -> None:
+    """The note on Q4_1 must not be lost with the path."""
+    assert is_demo(None)
+    assert is_demo("/tmp/SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert not is_demo("/tmp/off-grid")
+
+
+def test_layers_and_off_grid_have_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    """GPTQ against llm-compressor; a training text must be named."""
+    options = parse(["layers", "--shape", "qwen3-moe"])
+    assert (options.ours, options.peers, options.layers) == (["gptq"], ["llmcompressor"], 3)
+    assert result_name(options) == "layers-qwen3-moe"
+    assert parse(["off-grid", "--train", "a.jsonl"]).steps == 200
+    with pytest.raises(SystemExit):
+        parse(["off-grid"])
+    assert "--train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ends", "seconds", "how"),
+    [([5.0, 7.0, 10.0, 12.5], 2.5, "period"), ([5.0], 5.0, "first"), ([], 60.0, "bound")],
+)
+def test_a_layer_takes_the_time_between_two_ends(ends: list[float], seconds: float, how: str) -> None:
+    """The start counts only where there is nothing else."""
+    found = layer_timing(ends, elapsed_s=60.0)
+    assert (found["layer_s"], found["measured_by"]) == (seconds, how)
+
+
+def test_the_layers_table_says_bounds_and_ratios() -> None:
+    """A peer that was stopped has a lower bound, and no weights that anyone counted."""
+    peaks = {"peak_rss_bytes": 10**9, "peak_device_bytes": 2 * 10**9}
+    text = render_layers(
+        {
+            **result(),
+            "shape": "llama-8b",
+            "layers": 3,
+            "forward_s": 0.5,
+            "rows": {
+                "ours": layer_timing([1.0, 3.0], 9.0) | peaks | {"quantized_weights": 5_000_000},
+                "theirs": layer_timing([], 60.0) | peaks,
+                "others": {"error": "ValueError: no"},
+            },
+        }
+    )
+    lines = text.splitlines()
+    assert lines[2] == "| ours | 2.00 | 1.0 | 2.00 | 1.00 | 5.0 |"
+    assert lines[3] == "| theirs | > 60.00 | > 30.0 | 2.00 | 1.00 | stopped |"
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert "- others: ValueError: no" in lines
+
+
+def test_a_stopped_worker_has_told_what_it_took(tmp_path: Path) -> None:
+    """Its marks and peaks are in the file that it kept up to date."""
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"ids": torch.zeros(1, 1, dtype=torch.int64)}, tmp_path / "ids.safetensors")
+    facts = {name: str(tmp_path) for name in ("source", "target")} | {"scheme": "x", "options": {}}
+    facts |= {"ids": str(tmp_path / "ids.safetensors"), "report": str(tmp_path / "a.report.json")}
+    (tmp_path / "job.json").write_text(json.dumps(facts))
+    script = (
+        "import sys, time; sys.path.insert(0, 'scripts/benchmarks/peers'); from shared import Job\n"
+        "job = Job(sys.argv[1])\nwith job.beating():\n    job.mark()\n    time.sleep(1.5)\n    assert False"
+    )
+    with pytest.raises(Failed):
+        measured([sys.executable, "-c", script, tmp_path / "job.json"])
+    told = json.loads((tmp_path / "a.report.beat").read_text())
+    assert len(told["marks_s"]) == 1
+    assert told["elapsed_s"] >= 1.0
+    assert told["peak_rss_bytes"] > 2**20
+
+
+@pytest.mark.parametrize(("shape", "kind"), [("tiny-llama", "llama"), ("tiny-moe", "qwen3_moe")])
+def test_a_shape_is_a_model_that_the_package_plans(shape: str, kind: str, tmp_path: Path) -> None:
+    """All matrices of its layers are 2-D in the checkpoint, experts too."""
+    from safetensors import safe_open
+
+    write_model(shape, 1, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == kind
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
+    assert sum(".mlp.experts." in name for name in shapes) == (24 if kind == "qwen3_moe" else 0)
+    assert all(len(shape) <= 2 for shape in shapes.values())
+
+
+def q4_1(weight: Any) -> Any:
+    """Rounded to Q4_1, block by block: 16 values from the smallest to the largest."""
+    import torch
+
+    rows = weight.double().reshape(-1, 32)
+    made = []
+    for row in rows:
+        low, step = row.min(), (row.max() - row.min()) / 15
+        made.append(torch.round((row - low) / step) * step + low)
+    return torch.stack(made).reshape(weight.shape)
+
+
+def test_the_distance_to_a_grid_is_none_on_it_and_grows_off_it() -> None:
+    """A matrix on its grid costs nothing to store again; one that knows of none lies 1/sqrt(12) off."""
+    import torch
+
+    from scripts.benchmarks.tune import grid_distance
+
+    draws = torch.Generator().manual_seed(0)
+    old = q4_1(torch.randn(64, 256, generator=draws, dtype=torch.float64))
+    still = grid_distance(old, old)
+    assert still["changed"] == 0
+    # fp64 rounding only.
+    assert max(still["steps"], still["again"], still["moved"]) < 1e-20
+    # Moved by less than half a step within a grid of 16: the distance is the move.
+    moved = grid_distance(old * 1.0 + 0.01, old)
+    assert moved["changed"] == old.numel()
+    assert moved["moved"] == pytest.approx(old.numel() * 1e-4)
+    fresh = grid_distance(old + torch.randn(old.shape, generator=draws, dtype=torch.float64), old)
+    inside = (fresh["steps"] / fresh["counted"]) ** 0.5
+    # Those that left the block's range add to it.
+    assert inside > 12**-0.5
+    again = q4_1(old + 0.3)
+    assert grid_distance(old + 0.3, old)["again"] == pytest.approx(
+        float((again - old - 0.3).square().sum()), abs=1e-20
+    )
+
+
+def test_training_leaves_out_what_calibrates_or_measures(tmp_path: Path) -> None:
+    """A document that shares one long line; the order of the rows is the seed's."""
+    from scripts.benchmarks.tune import ROW_TOKENS, training_rows
+
+    shared = "x" * 100
+    texts = [f"{shared}\nmore", *("word " * ROW_TOKENS for _ in range(2))]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "held.jsonl").write_text(json.dumps({"messages": [{"content": f"before\n  {shared}\n"}]}))
+
+    class Words:
+        eos_token_id = 0
+
+        def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+            assert not add_special_tokens
+            return {"input_ids": [len(word) for word in text.split()]}
+
+    job = {"train": [str(tmp_path / "train.jsonl")], "forbidden": [str(tmp_path / "held.jsonl")]}
+    rows, left_out = training_rows(job, Words())
+    assert (tuple(rows.shape), left_out) == ((2, ROW_TOKENS), 1)
+    assert set(rows.flatten().tolist()) == {0, 4}

@@ -15,10 +15,13 @@ from scripts.benchmarks.process import (
     ROOT,
     SOURCE,
     Failed,
-    dense_source,
+    bf16_folder,
     evaluate,
+    is_demo,
     machine,
     measured,
+    own_command,
+    shown,
     spread,
     tensor_bytes,
 )
@@ -26,6 +29,7 @@ from scripts.benchmarks.settings import PACKAGES, Setting, chosen
 from scripts.benchmarks.table import render
 
 WORKERS = ROOT / "scripts" / "benchmarks" / "peers"
+_PREPARE = (sys.executable, "-m", "scripts.benchmarks.prepare")
 COSTS = ("quantize_s", "save_s", "wall_s", "cpu_s", "peak_rss_bytes", "peak_device_bytes")
 
 
@@ -40,28 +44,32 @@ class Bench:
     def __init__(self, options: argparse.Namespace, setting_list: list[Setting]) -> None:
         self.options = options
         self.settings = setting_list
-        self.work: Path = options.work / f"calibrated-{options.scheme}"
+        self.work: Path = options.work / f"{options.benchmark}-{options.scheme}"
         self.work.mkdir(parents=True, exist_ok=True)
-        self.source = _source(options)
+        self.source = bf16_folder(options.work, options.model)
+        self.limit_s: float = options.limit_minutes * 60
         self.ids = self.work / "ids.safetensors"
         self.heldout = self.work / "heldout.safetensors"
         self.errors: dict[str, str] = {}
         self.versions: dict[str, dict[str, str]] = {}
 
     def prepare(self) -> None:
-        """Calibration and evaluation tokens, each made once and read by all."""
+        """Calibration tokens, made once and read by all."""
         recipe = self.work / "tokens.yaml"
         recipe.write_text(self._recipe({"kind": "rtn"}))
-        make = [sys.executable, "-m", "scripts.benchmarks.prepare"]
-        measured([*make, "tokens", recipe, self.source, self.ids])
-        text = [self.options.text, str(self.options.tokens)]
-        measured([*make, "heldout", *text, self.source, self.heldout])
+        measured([*_PREPARE, "tokens", recipe, self.source, self.ids])
 
-    def once(self, setting: Setting) -> dict[str, Any]:
-        """One run of one setting; its costs.
+    def prepare_heldout(self) -> None:
+        """Evaluation tokens, for the peers whose formats only they read."""
+        text = [self.options.text, str(self.options.tokens)]
+        measured([*_PREPARE, "heldout", *text, self.source, self.heldout])
+
+    def once(self, setting: Setting, *, saving: bool = True) -> dict[str, Any]:
+        """One run of one setting; its costs. Without ``saving``, a peer's checkpoint stays in memory.
 
         Raises:
             Failed: it cannot be run.
+            Late: it took longer than it may; see ``beat`` for what is known.
         """
         target = self.target(setting)
         shutil.rmtree(target, ignore_errors=True)
@@ -70,12 +78,12 @@ class Bench:
         if setting.peer == "compressor":
             recipe = target.with_suffix(".yaml")
             recipe.write_text(self._recipe(setting.options))
-            made = run_ours(recipe, target)
+            made = run_ours(recipe, target, self.limit_s)
             heard = heard_tokens(target)
             if heard is not None and _ids(heard) != _ids(self.ids):
                 raise Failed("heard other calibration tokens than its peers")
             return made
-        return self._worker(setting.peer, target, setting.options)
+        return self._worker(setting.peer, target, setting.options, saving)
 
     def forward(self) -> dict[str, Any]:
         """One bare forward pass of the calibration tokens."""
@@ -100,31 +108,41 @@ class Bench:
         measured([python, script, self.source, target, self.heldout, setting.peer, report])
         return {**json.loads(report.read_text()), "evaluated_by": script.name}
 
+    def beat(self, setting: Setting) -> dict[str, Any]:
+        """What a peer's stopped run had told: ``elapsed_s``, ``marks_s`` and its peaks; or nothing."""
+        file = self.target(setting).with_suffix(".report.beat")
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+
     def target(self, setting: Setting) -> Path:
         """The folder of the setting's checkpoint."""
         return self.work / setting.slug
 
-    def _worker(self, peer: str, target: Path, options: dict[str, Any]) -> dict[str, Any]:
+    def _worker(
+        self, peer: str, target: Path, options: dict[str, Any], saving: bool = True
+    ) -> dict[str, Any]:
         report, job = target.with_suffix(".report.json"), target.with_suffix(".job.json")
-        report.unlink(missing_ok=True)
+        for stale in (report, report.with_suffix(".beat")):
+            stale.unlink(missing_ok=True)
         facts = {"source": self.source, "target": target, "ids": self.ids, "report": report}
-        how = {"scheme": self.options.scheme, "options": options}
+        how = {"scheme": self.options.scheme, "options": options, "saving": saving}
         job.write_text(json.dumps({name: str(path) for name, path in facts.items()} | how))
         command = [peer_python(peer), WORKERS / f"run_{peer}.py", job]
-        found = measured(command, limit_s=self.options.limit_minutes * 60)
+        found = measured(command, limit_s=self.limit_s)
         told = json.loads(report.read_text())
         self.versions[peer] = told["versions"]
         return {**{key: found[key] for key in ("wall_s", "cpu_s", "peak_rss_bytes")}, "save_s": 0.0, **told}
 
     def _recipe(self, solver: dict[str, Any]) -> str:
         options = self.options
-        return recipe_text(self.source, options.scheme, solver, options.samples, options.length)
+        texts = options.calibration or ()
+        return recipe_text(self.source, options.scheme, solver, options.samples, options.length, texts)
 
 
 def calibrated(options: argparse.Namespace) -> dict[str, Any]:
     """Every setting in turn, ``--rounds`` times, every other round backwards; prints the table."""
     bench = Bench(options, chosen(options.scheme, options.ours, options.peers, options.only))
     bench.prepare()
+    bench.prepare_heldout()
     runs: dict[str, list[dict[str, Any]]] = {setting.name: [] for setting in bench.settings}
     forwards = []
     for number in range(options.rounds):
@@ -141,19 +159,21 @@ def calibrated(options: argparse.Namespace) -> dict[str, Any]:
             print(_progress(number, setting, runs, bench.errors), file=sys.stderr, flush=True)
     result = {
         "scheme": options.scheme,
-        "model": options.model or SOURCE,
-        "is_demo_model": options.model in (None, SOURCE),
+        "model": shown(options.model or SOURCE),
+        "is_demo_model": is_demo(options.model),
         "samples": options.samples,
         "length": options.length,
-        "text": options.text,
+        "calibration": [shown(text) for text in options.calibration or ()],
+        "text": shown(options.text),
         "tokens": options.tokens,
         "rounds": options.rounds,
-        "command": ["python", "scripts/bench.py", *sys.argv[1:]],
+        "command": own_command(),
         "machine": machine(),
         "versions": bench.versions,
         "forward": {
             "seconds": spread([run["quantize_s"] for run in forwards]),
             "dtype": forwards[0]["dtype"],
+            "read_s": spread([run["read_s"] for run in forwards]),
         },
         "rows": {setting.name: _row(bench, setting, runs[setting.name]) for setting in bench.settings},
     }
@@ -178,6 +198,8 @@ def _row(bench: Bench, setting: Setting, runs: list[dict[str, Any]]) -> dict[str
         "peak_device_bytes": max(run["peak_device_bytes"] for run in runs),
         "bytes": tensor_bytes(bench.target(setting)),
         **figures,
+        "text": shown(bench.options.text),
+        "helped": runs[0].get("helped"),
         "rounds": [{key: run[key] for key in COSTS} | _stages(run) for run in runs],
     }
 
@@ -209,16 +231,6 @@ def peer_python(peer: str) -> Path:
         if subprocess.run([sys.executable, "-c", look], check=False).returncode:
             raise Failed(f"not installed: run bash scripts/peers_env.sh {peer}")
     return Path(sys.executable)
-
-
-def _source(options: argparse.Namespace) -> Path:
-    """A bf16 folder: the one that is named, or one made of the named source."""
-    if options.model is None or options.model == SOURCE:
-        return dense_source(options.work)
-    folder = Path(options.model)
-    if not (folder / "config.json").is_file():
-        raise SystemExit(f"--model: {options.model} is no folder with a config.json")
-    return folder.absolute()
 
 
 def _ids(file: Path) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,45 @@ from scripts.benchmarks.settings import RECIPE_SCHEMES
 NOT_COUNTED = ("evaluate", "report")
 
 
-def recipe_text(source: Path, scheme: str, solver: dict[str, Any], samples: int, length: int) -> str:
-    """A recipe (JSON is YAML) for one setting, on the shipped calibration mixture."""
+def recipe_text(
+    source: Path,
+    scheme: str,
+    solver: dict[str, Any],
+    samples: int,
+    length: int,
+    texts: Sequence[str] = (),
+) -> str:
+    """A recipe (JSON is YAML) for one setting, on ``texts`` or the shipped calibration mixture.
+
+    ``solver`` may hold a section ``polish`` beside its own options.
+    """
+    options = dict(solver)
+    polish = {"polish": options.pop("polish")} if "polish" in options else {}
+    datasets = {"datasets": [{"path": str(Path(text).absolute())} for text in texts]} if texts else {}
     recipe = {
         "model": {"source": str(source)},
-        "weights": {"scheme": RECIPE_SCHEMES[scheme], "solver": solver},
-        "calibration": {"num_samples": samples, "sequence_length": length},
+        "weights": {
+            "scheme": RECIPE_SCHEMES[scheme],
+            "solver": options if len(options) > 1 else options["kind"],
+            **polish,
+        },
+        "calibration": datasets | {"num_samples": samples, "sequence_length": length},
         "evaluate": None,
     }
     return json.dumps(recipe, indent=1) + "\n"
 
 
-def run_ours(recipe: Path, target: Path) -> dict[str, Any]:
+def run_ours(recipe: Path, target: Path, limit_s: float) -> dict[str, Any]:
     """One run into ``target``; its costs, with those of each stage.
 
     Raises:
         Failed: with what the program said.
+        Late: it took longer than ``limit_s``.
     """
     workspace = target.with_suffix(".workspace")
     shutil.rmtree(workspace, ignore_errors=True)
-    found = compress("run", recipe, "--output", target, "--workspace", workspace, "--quiet")
+    words = ["run", recipe, "--output", target, "--workspace", workspace, "--quiet"]
+    found = compress(*words, limit_s=limit_s)
     stages = json.loads((target / "report.json").read_text())["stages"]
     counted = [stage for stage in stages if stage["name"] not in NOT_COUNTED]
     return {
@@ -43,6 +63,13 @@ def run_ours(recipe: Path, target: Path) -> dict[str, Any]:
         "peak_device_bytes": max((stage.get("peak_device_bytes") or 0 for stage in stages), default=0),
         "stages": {stage["name"]: stage["wall_s"] for stage in stages},
     }
+
+
+def walked_layers(target: Path) -> tuple[list[float], int]:
+    """When each layer of a run into ``target`` was finished (seconds of the epoch), and weights quantized."""
+    receipts = sorted(target.with_suffix(".workspace").rglob("layer-*.safetensors.json"))
+    errors = [error for path in receipts for error in json.loads(path.read_text())["errors"]]
+    return sorted(path.stat().st_mtime for path in receipts), sum(error["parameters"] for error in errors)
 
 
 def heard_tokens(target: Path) -> Path | None:

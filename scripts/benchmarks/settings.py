@@ -52,8 +52,8 @@ class Setting:
         return "".join(letter if letter.isalnum() else "-" for letter in self.name).strip("-")
 
 
-def _lc(label: str, method: str, observer: str | None = None) -> Setting:
-    options = {"method": method} | ({"observer": observer} if observer else {})
+def _lc(label: str, method: str, observer: str | None = None, **more: Any) -> Setting:
+    options = {"method": method} | ({"observer": observer} if observer else {}) | more
     return Setting("llmcompressor", label, options)
 
 
@@ -74,6 +74,7 @@ _AUTOROUND = [
 THEIRS: dict[str, list[Setting]] = {
     "nvfp4a16": [
         _lc("GPTQ", "gptq"),
+        _lc("GPTQ, batches of 8", "gptq", batch=8),
         _lc("GPTQ, memoryless_mse", "gptq", "memoryless_mse"),
         _lc("GPTQ, nvfp4_expanded_mse", "gptq", "nvfp4_expanded_mse"),
         _lc("AWQ", "awq"),
@@ -85,6 +86,7 @@ THEIRS: dict[str, list[Setting]] = {
     ],
     "int4g64": [
         _lc("GPTQ", "gptq"),
+        _lc("GPTQ, batches of 8", "gptq", batch=8),
         _lc("GPTQ, mse", "gptq", "mse"),
         _lc("AWQ", "awq"),
         *_AUTOROUND,
@@ -107,16 +109,25 @@ THEIRS: dict[str, list[Setting]] = {
 
 
 def our_setting(text: str) -> Setting:
-    """Ours from one value of ``--ours``: a solver's name, or its options as JSON."""
+    """Ours from one value of ``--ours``: a solver's name, or its options (and ``polish``) as JSON."""
     solver = json.loads(text) if text.startswith("{") else {"kind": text}
     extra = ", ".join(f"{key} {value}" for key, value in solver.items() if key != "kind")
     return Setting("compressor", " ".join(filter(None, (solver["kind"], extra))), solver)
 
 
+def _is_meant(name: str, word: str) -> bool:
+    return name.endswith(word[:-1]) if word.endswith("$") else word in name
+
+
 def chosen(scheme: str, ours: list[str], peers: list[str], only: list[str] | None) -> list[Setting]:
-    """The rows of a table: ours, then each named peer's; ``only`` keeps peers' rows with one of its words."""
+    """The rows of a table: ours, then each named peer's.
+
+    ``only`` keeps the peers' rows whose names hold one of its words, or end with it where it ends with ``$``.
+    """
     rows = [our_setting(text) for text in ours]
     for peer in peers:
         found = [setting for setting in THEIRS[scheme] if setting.peer == peer]
-        rows += [s for s in found if only is None or any(word in s.name for word in only)]
+        rows += [
+            setting for setting in found if only is None or any(_is_meant(setting.name, w) for w in only)
+        ]
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 COLUMNS = (
@@ -56,11 +57,13 @@ def _cells(row: Mapping[str, Any], result: Mapping[str, Any], device: bool) -> l
 def _notes(result: Mapping[str, Any]) -> list[str]:
     done = {name: row for name, row in result["rows"].items() if "error" not in row}
     forward = result["forward"]
+    texts = ", ".join(result.get("calibration") or ["the shipped mixture"])
     notes = [
-        f"Calibration: {result['samples']} × {result['length']} tokens of the shipped mixture, the same ids "
-        f"for all; a bare forward pass of them: {forward['seconds']['median']:.1f} s in {forward['dtype']}. "
+        f"Calibration: {result['samples']} × {result['length']} tokens of {texts}, the same ids for all; a "
+        f"bare forward pass of them: {forward['seconds']['median']:.1f} s in {forward['dtype']}. "
         f"Evaluation: {result['tokens']:,} tokens of {result['text']} in windows of 1,024, checkpoints "
-        "reloaded."
+        "reloaded.",
+        *_walks(done, forward),
     ]
     sources = {row["perplexity"]["source"] for row in done.values()}
     if sources:
@@ -68,6 +71,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     sizes = {row["bytes"] for row in done.values()}
     if len(sizes) > 1:
         notes.append("The stored bytes are not equal: see the column.")
+    notes += [f"{name}: {row['helped']}." for name, row in done.items() if row.get("helped")]
     elsewhere = [name for name, row in done.items() if row["evaluated_by"] != "compress eval"]
     if elsewhere:
         notes.append(f"Evaluated by {_ELSEWHERE}: {'; '.join(elsewhere)}.")
@@ -77,11 +81,28 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
             "compares tools; it does not say what a 16-bit original would lose."
         )
     machine = result["machine"]
-    notes.append(
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['date']}; "
-        f"medians of {result['rounds']} alternating runs."
-    )
+    notes.append(f"{told_machine(machine)}; medians of {result['rounds']} alternating runs.")
     return notes
+
+
+def _walks(rows: Mapping[str, Mapping[str, Any]], forward: Mapping[str, Any]) -> list[str]:
+    """The walk alone over what it cannot do without: a forward pass, and reading the weights."""
+    if "read_s" not in forward:
+        return []
+    least = forward["seconds"]["median"] + forward["read_s"]["median"]
+    told = []
+    for name, row in rows.items():
+        walks = [run["stages"]["walk"] for run in row.get("rounds", ()) if "walk" in run.get("stages", {})]
+        if walks:
+            told.append(f"{name} {median(walks) / least:.1f}")
+    return [f"Walk stage alone over that pass plus reading the weights: {'; '.join(told)}."] if told else []
+
+
+def told_machine(machine: Mapping[str, Any]) -> str:
+    """The line that says where and when."""
+    accelerator = f"{machine['accelerator']}; " if "accelerator" in machine else ""
+    where = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
+    return f"{accelerator}{where}, {machine['date']}"
 
 
 _ELSEWHERE = "scripts/benchmarks/peers/evaluate.py, because only their own tool reads the format"

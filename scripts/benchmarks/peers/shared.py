@@ -7,7 +7,9 @@ loads the bf16 source folder, quantizes it on the given token ids, saves a check
 from __future__ import annotations
 
 import json
+import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "numpy")
+# How often a run that may be stopped for its time says what it took so far.
+_BEAT_S = 1.0
 
 
 class Job:
@@ -31,6 +35,7 @@ class Job:
         scheme: ``nvfp4a16``, ``int4g64`` or ``nvfp4``.
         options: of the setting, see ``benchmarks/settings.py``.
         ids_NT: int64 calibration tokens [rows, tokens of a row].
+        saving: whether the checkpoint is wanted.
         device: ``cuda`` where there is one.
     """
 
@@ -41,19 +46,22 @@ class Job:
         self.scheme: str = facts["scheme"]
         self.options: dict[str, Any] = facts["options"]
         self.ids_NT: torch.Tensor = load_file(facts["ids"])["ids"]
+        self.saving: bool = facts.get("saving", True)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._report = Path(facts["report"])
         self._seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._marks: list[float] = []
 
     @classmethod
     def from_command_line(cls) -> Job:
         """The job whose file is the first argument."""
         return cls(sys.argv[1])
 
-    def model(self) -> Any:
-        """The source in bfloat16, on the device."""
+    def model(self, device: str | None = None) -> Any:
+        """The source in bfloat16, on ``device`` or the job's own."""
         model = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.bfloat16)
-        return model.to(self.device)
+        return model.to(device or self.device)
 
     def tokenizer(self) -> Any:
         """The source's tokenizer."""
@@ -68,6 +76,41 @@ class Job:
         self._wait()
         self._seconds[f"{part}_s"] = time.monotonic() - started
 
+    def mark(self) -> None:
+        """Notes that one more layer is finished; counted from the start of ``beating``."""
+        self._wait()
+        self._marks.append(time.monotonic() - self._began)
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Keeps the file ``REPORT.beat`` up to date, for a run that its parent may have to stop."""
+        self._began = time.monotonic()
+        stop = threading.Event()
+
+        def beat() -> None:
+            building = self._report.with_suffix(".building")
+            while not stop.wait(_BEAT_S):
+                building.write_text(
+                    json.dumps({"elapsed_s": time.monotonic() - self._began, **self._state()})
+                )
+                building.replace(self._report.with_suffix(".beat"))
+
+        beater = threading.Thread(target=beat, daemon=True)
+        beater.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            beater.join()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "marks_s": list(self._marks),
+            "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            # Linux counts ru_maxrss in KiB.
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
     def report(self, packages: Sequence[str] = (), **facts: Any) -> None:
         """Writes what was measured; ``packages`` are the peer's distributions, for their versions."""
         versions = {}
@@ -76,8 +119,7 @@ class Job:
                 versions[package] = version(package)
             except PackageNotFoundError:
                 continue
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        cost = {**self._seconds, "peak_device_bytes": peak}
+        cost = {**self._seconds, **self._state()}
         self._report.write_text(json.dumps({**cost, "versions": versions, "device": self.device, **facts}))
 
     def _wait(self) -> None:
