@@ -1,0 +1,54 @@
+"""Every solver, scheme and calibration key is documented, and nothing that does not exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from compressor.recipe.calibration import CalibrationSection, DatasetSection
+from compressor.recipe.polish import PolishSection
+from compressor.schemes import known_schemes
+from compressor.solvers import known_solvers
+
+ROOT = Path(__file__).parents[1]
+# What verify compares has rows of its own.
+CALIBRATION = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8").partition("## What verify")[0]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _rows(text: str) -> dict[str, str]:
+    """First code word of a table's row -> the row."""
+    return {found[1]: found[0] for found in re.finditer(r"^\| `(\w+)` .*$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("kind", known_solvers())
+def test_solvers(kind: str) -> None:
+    """A row with every option."""
+    row = _rows(CALIBRATION)[kind]
+    for option in known_solvers()[kind].model_fields.keys() - {"kind"}:
+        assert f"`{option}`" in row, f"option {option} of {kind}"
+
+
+@pytest.mark.parametrize("kind", known_schemes())
+def test_schemes(kind: str) -> None:
+    """A row with every option."""
+    row = _rows(README)[kind]
+    for option in known_schemes()[kind].model_fields.keys() - {"kind"}:
+        assert f"`{option}" in row, f"option {option} of {kind}"
+
+
+@pytest.mark.parametrize("section", [CalibrationSection, DatasetSection, PolishSection])
+def test_keys(section: type[BaseModel]) -> None:
+    """All of them."""
+    for key in section.model_fields:
+        assert f"`{key}`" in CALIBRATION, key
+
+
+def test_rows_are_of_what_exists() -> None:
+    """No solver, scheme or key of before; the README has a row for each solver, too."""
+    known = {*known_solvers(), *CalibrationSection.model_fields, *DatasetSection.model_fields}
+    assert _rows(CALIBRATION).keys() <= known
+    assert _rows(README).keys() == {*known_schemes(), *known_solvers()}
