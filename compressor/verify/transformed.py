@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 # Factors of single channels: SmoothQuant's on models with massive activations reach some hundreds.
 FACTOR = 1e3
-# As many channels may have lost theirs: rounded to zero beside large ones of their group.
+# As many channels may have others.
 STRAY = 0.01
+# As many may be lost: small ones round to zero beside large ones of their group.
+LOST = 0.05
 # How much larger or smaller a whole tensor may have become.
 SIZE = 64.0
 _ROUNDS = 6
@@ -26,7 +28,7 @@ _ROUNDS = 6
 def unscaled(ours_OI: torch.Tensor, source_OI: torch.Tensor) -> torch.Tensor | None:
     """The source with the factors of rows and columns that bring it nearest to ours, all fp32.
 
-    None where these are none that a smoothing makes: more than a few are negative, or far from the others.
+    None where these are none that a smoothing makes: more than a few zero, negative, or far from the others.
     """
     import torch
 
@@ -46,11 +48,13 @@ def unscaled(ours_OI: torch.Tensor, source_OI: torch.Tensor) -> torch.Tensor | N
 
 
 def _plausible(factors: torch.Tensor) -> bool:
-    """Whether nearly all are positive and within ``FACTOR`` of their median."""
+    """Whether nearly all are positive and within ``FACTOR`` of their median, but for some that are zero."""
     middle = float(factors.median())
+    lost = factors == 0
     # NaN compares false with everything.
     near = (factors >= middle / FACTOR) & (factors <= middle * FACTOR)
-    return middle > 0 and float((~near).float().mean()) <= STRAY
+    count, strays = factors.numel(), int((~near & ~lost).sum())
+    return middle > 0 and strays <= STRAY * count and int(lost.sum()) <= LOST * count
 
 
 def sane_size(ours: torch.Tensor, source: torch.Tensor) -> bool:

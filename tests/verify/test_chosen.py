@@ -148,6 +148,18 @@ def test_factors_are_found() -> None:
     assert unscaled(torch.full_like(ours_OI, float("nan")), source_OI) is None
 
 
+def test_lost_channels() -> None:
+    """Channels that rounded to zero are few; other factors that no smoothing makes are fewer."""
+    source_OI = torch.randn(256, 200, generator=torch.Generator().manual_seed(2))
+    for columns, factor, plausible in ((10, 0.0, True), (11, 0.0, False), (2, -1.0, True), (3, -1.0, False)):
+        ours_OI = source_OI.clone()
+        ours_OI[:, :columns] *= factor
+        found_OI = unscaled(ours_OI, source_OI)
+        assert (found_OI is not None) == plausible
+        if found_OI is not None:
+            torch.testing.assert_close(found_OI, ours_OI, rtol=1e-5, atol=1e-5)
+
+
 def test_bounds_of_size_and_factors() -> None:
     """Zeros stay zero; nothing changes its sign; NaN and infinities are out of every bound."""
     source = torch.tensor([1.0, -2.0, 0.0])
