@@ -48,8 +48,10 @@ def compare(
     from compressor.evals.run import evaluate_pair
     from compressor.model.decode import fused_tensors
     from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer
+    from compressor.stages.simulated import simulate_activations
 
     spec = EvalSpec(text=found, text_label=text, tokens=tokens, context=context)
     result = load_checkpoint_model(checkpoint, torch.float32, fused=fused_tensors(opened))
+    result = simulate_activations(result, checkpoint, opened)
     tokenizer = load_tokenizer(checkpoint)
     return evaluate_pair(load_source_model(opened, torch.float32), result, tokenizer, spec, progress)

@@ -45,7 +45,7 @@ from compressor.summary import package_versions, summarize
 from compressor.workspace import file_sha256, stage_key
 
 ASSEMBLE_VERSION = 1
-EVALUATE_VERSION = 1
+EVALUATE_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,23 @@ def heard_forward(
     return grouped
 
 
+def round_inputs(block: nn.Module, roundings: Mapping[tuple[str, str], Rounding]) -> None:
+    """From now on layers of a block multiply rounded inputs: (module, phase) -> what is done to them."""
+    experts: dict[str, dict[str, Rounding]] = {}
+    for (owner, phase), rounding in roundings.items():
+        if phase:
+            experts.setdefault(owner, {})[phase] = rounding
+        else:
+            block.get_submodule(owner).register_forward_pre_hook(_before(rounding))
+    for owner, phases in experts.items():
+        module = block.get_submodule(owner)
+        module.forward = heard_forward(module, lambda _phase, _rows: None, phases)
+
+
+def _before(rounding: Rounding) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda _, args: (rounding(args[0]), *args[1:])
+
+
 def _is_grouped(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
 

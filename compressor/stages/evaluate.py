@@ -13,6 +13,7 @@ from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import EvalResult, EvalSpec
 from compressor.progress import Progress
 from compressor.stages.base import Claim
+from compressor.stages.simulated import simulate_activations
 from compressor.stages.tokens import source_tokenizer
 from compressor.workspace import Workspace
 
@@ -85,7 +86,7 @@ def reload(checkpoint: Path, source: Source) -> LoadedCheckpoint:
         logits = loaded.model(torch.arange(8)[None]).logits
     if not bool(torch.isfinite(logits).all()):
         raise CheckpointError("the reloaded checkpoint does not compute finite logits", where=str(checkpoint))
-    return loaded
+    return simulate_activations(loaded, checkpoint, source)
 
 
 def measure(

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.safetensors_file import torch_dtype
-from compressor.model.routed import Rounding, heard_forward
+from compressor.model.routed import Rounding, round_inputs
 from compressor.model.stubs import Stub
 from compressor.model.whole import WholeModel
 from compressor.stages.base import Claim
@@ -205,23 +205,15 @@ class PolishedModel:
         """Has the layers of a block round their inputs as an engine does, equal inputs once."""
         block = self._model.get_submodule(path)
         alike: dict[object, RoundedOnce] = {}
-        experts: dict[str, dict[str, Rounding]] = {}
-        seen: set[tuple[str, str]] = set()
+        found: dict[tuple[str, str], Rounding] = {}
         for place in places:
             scheme, owner = self._scheme(place), (place.owner, place.phase)
-            if not scheme.rounds_inputs or owner in seen:
+            if not scheme.rounds_inputs or owner in found:
                 continue
-            seen.add(owner)
             scales = input_scales(walked.local(place.part.module))
             key = scheme, tuple((name, tuple(scale.tolist())) for name, scale in sorted(scales.items()))
-            rounded = alike.setdefault(key, RoundedOnce(rounding(scheme, scales)))
-            if place.phase:
-                experts.setdefault(place.owner, {})[place.phase] = rounded
-            else:
-                block.get_submodule(place.owner).register_forward_pre_hook(_hook(rounded))
-        for name, phases in experts.items():
-            module = block.get_submodule(name)
-            module.forward = heard_forward(module, lambda _phase, _rows: None, phases)
+            found[owner] = alike.setdefault(key, RoundedOnce(rounding(scheme, scales)))
+        round_inputs(block, found)
         return list(alike.values())
 
     def _wrap(
@@ -289,7 +281,3 @@ def _assembled(
     for numbers, stack in stacks:
         weights.update(zip(numbers, stack.weights(dtype), strict=True))
     return {name: whole([weights[n] for n in numbers]) for name, (numbers, whole) in wholes.items()}
-
-
-def _hook(rounded: Rounding) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-    return lambda _, args: (rounded(args[0]), *args[1:])
