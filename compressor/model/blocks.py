@@ -17,7 +17,7 @@ from compressor.model.families import family_for
 from compressor.model.listen import Ear, Layout
 from compressor.model.names import part_view
 from compressor.model.outside import as_parameter
-from compressor.model.routed import Rounding, phase_of
+from compressor.model.routed import UP, Rounding, phase_of
 from compressor.model.tensor_map import Piece, TensorMap
 from compressor.spec import LinearPart, TensorHeader
 
@@ -39,6 +39,16 @@ class Site:
     tensors: tuple[str, ...]
     in_features: int
     routed: bool
+
+    @property
+    def expert(self) -> str:
+        """The expert that a routed site is a product of: ``model.layers.0.mlp.experts.3``."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def is_entrance(self) -> bool:
+        """Whether it hears what an expert is given, not what the expert makes of that."""
+        return self.routed and self.name.endswith(f".{UP}")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from compressor.errors import CheckpointError
-from compressor.model.routed import DOWN, UP, Listener, Rounding, heard_forward, is_expert_owner
+from compressor.model.routed import (
+    DOWN,
+    UP,
+    Choice,
+    Listener,
+    Rounding,
+    Share,
+    heard_forward,
+    is_expert_owner,
+)
 from compressor.model.stubs import Call
 
 
@@ -166,8 +176,8 @@ class Enough(BaseException):
     """Leaves a block's forward when the wanted step was heard."""
 
 
-# Ear, expert (None for linear layers), rows [N, I], their tokens (None where all).
-Heard = Callable[[Ear, int | None, torch.Tensor, torch.Tensor | None], None]
+# Ear, expert (None for linear layers), rows [N, I], and what else is known of an expert's.
+Heard = Callable[[Ear, int | None, torch.Tensor, Share | None], None]
 
 
 # Waits until the next wish: the step to hear next, or None for the block's end.
@@ -176,6 +186,9 @@ Wait = Callable[[], "int | None"]
 
 class Listening:
     """What one pass hears, and how far it goes: counts the ears of the wanted step.
+
+    Attributes:
+        heard: told the inputs.
 
     Args:
         layout: of the block.
@@ -188,6 +201,7 @@ class Listening:
         self.heard = heard
         self._layout = layout
         self._wait = wait
+        self._choice = Choice() if any(ear.phase for step in layout.steps for ear in step) else None
         self._done: set[Ear] = set()
         self._want(until)
 
@@ -195,6 +209,14 @@ class Listening:
     def never(self) -> list[str]:
         """The modules that this pass ought to have used and did not."""
         return sorted(ear.owners[0] for ear in self._missing)
+
+    def routers(self) -> AbstractContextManager[object]:
+        """Within it, in the thread of the pass, routers are heard."""
+        return self._choice or nullcontext()
+
+    def scores(self, chosen_NE: torch.Tensor) -> torch.Tensor | None:
+        """What the last router chose these by: see ``Choice.take``."""
+        return None if self._choice is None else self._choice.take(chosen_NE)
 
     def before(self, ear: Ear) -> None:
         """Called when a pass comes to an ear."""
@@ -254,7 +276,7 @@ class Ears:
                 owner = self._module.get_submodule(name)
                 if ears[0].phase:
                     owner.forward = heard_forward(
-                        owner, self._expert_ear(ears), _OfModule(self._rounding, name)
+                        owner, self._expert_ear(ears), _OfModule(self._rounding, name), self._scores
                     )
                     self._replaced.append(owner)
                 else:
@@ -287,18 +309,20 @@ class Ears:
 
         return hook
 
+    def _scores(self, chosen_NE: torch.Tensor) -> torch.Tensor | None:
+        return self.listening.scores(chosen_NE)
+
     def _expert_ear(self, ears: Sequence[Ear]) -> Listener:
         of_phase = {ear.phase: ear for ear in ears}
 
-        def listener(phase: str, rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        def listener(phase: str, shares: Sequence[Share]) -> None:
             ear = of_phase.get(phase)
             if ear is None:
                 return
             listening = self.listening
             listening.before(ear)
-            for expert, (x, tokens) in enumerate(rows):
-                if len(x):
-                    listening.heard(ear, expert, x, tokens)
+            for expert, share in enumerate(shares):
+                listening.heard(ear, expert, share.x_MI, share)
             listening.after(ear)
 
         return listener
@@ -341,7 +365,8 @@ def listen(
     with Ears(module, layout, rounding) as ears:
         ears.listening = listening
         try:
-            made = call.replay(module, hidden)
+            with listening.routers():
+                made = call.replay(module, hidden)
         except Enough:
             return None
     check_heard(listening)

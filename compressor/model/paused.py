@@ -121,9 +121,9 @@ class _Pass:
             self._may_go.acquire()
             if self._stopped:
                 return
-            with torch.no_grad():
-                self._output = self._run()
             assert self.listening is not None
+            with torch.no_grad(), self.listening.routers():
+                self._output = self._run()
             check_heard(self.listening)
         except Enough:
             pass

@@ -6,16 +6,20 @@ one that does the same arithmetic: for the classes that transformers decorates w
 ``integrations/moe.py`` grouped_mm_experts_forward), which its loader chooses by default; for Llama 4 that of
 ``modeling_llama4.py`` Llama4TextExperts.
 
-Legend: N tokens, K experts a token, S = N * K, E experts, H hidden size, I intermediate size.
+Legend: N tokens, K experts a token, S = N * K, E experts, H hidden size, I intermediate size; M rows of one
+expert, R rows that it could have been given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 UP, DOWN = "up", "down"
 # Subclasses of nn.Linear in transformers whose own forward does the same.
@@ -25,8 +29,71 @@ _LEAVES = {"gate_up_proj": UP, "up_proj": UP, "down_proj": DOWN}
 
 # Rows before -> rows after, of any number of leading dimensions.
 Rounding = Callable[[torch.Tensor], torch.Tensor]
-# Told the inputs of a phase: for each expert its rows x [N, width] and the positions [N] of their tokens.
-Listener = Callable[[str, Sequence[tuple[torch.Tensor, torch.Tensor]]], None]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one expert is given of a batch, and what it could have been given.
+
+    Attributes:
+        x_MI: the inputs of one product; the rows lie in the experts' own memory.
+        tokens_M: the positions of their tokens in the flattened batch.
+        batch_tokens: N.
+        score_N: what the router chose by, of every token for this expert; None where that was not heard.
+        offered: positions [R] -> the rows [R, H] that the expert would be given, had they been routed to it;
+            None where that is not known. Of the first product only.
+        inner: rows [R, H] -> the inputs [R, I] of the last product that the expert makes of them, with the
+            weights and the rounding that it then has.
+    """
+
+    x_MI: torch.Tensor
+    tokens_M: torch.Tensor
+    batch_tokens: int
+    score_N: torch.Tensor | None
+    offered: Callable[[torch.Tensor], torch.Tensor] | None
+    inner: Callable[[torch.Tensor], torch.Tensor]
+
+
+# An expert, positions [R] -> the rows that it would be given: see ``Share.offered``.
+_Offered = Callable[[int, torch.Tensor], torch.Tensor]
+# Which experts each token goes to, bool [N, E] -> the scores [N, E] by which they were chosen, if heard.
+Scores = Callable[[torch.Tensor], "torch.Tensor | None"]
+# Told the inputs of a phase: each expert's share.
+Listener = Callable[[str, Sequence[Share]], None]
+
+
+class Choice(TorchFunctionMode):
+    """Hears of what a router takes the largest: the scores that it chooses by, whatever it makes of them.
+
+    Routers differ in what they compute and return; but for a few, which are not heard, all choose with
+    ``topk``. Entered in the thread of the pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: torch.Tensor | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See ``TorchFunctionMode``: what is computed is what would be."""
+        if func in (torch.topk, torch.Tensor.topk):
+            self._last = args[0] if args else (kwargs or {})["input"]
+        return func(*args, **(kwargs or {}))
+
+    def take(self, chosen_NE: torch.Tensor) -> torch.Tensor | None:
+        """The scores [N, E] by which these were chosen, once; None where what was last heard is not that."""
+        last, self._last = self._last, None
+        if last is None or last.numel() != chosen_NE.numel() or last.shape[-1] != chosen_NE.shape[1]:
+            return None
+        score_NE = last.detach().reshape(chosen_NE.shape)
+        worst_N = score_NE.masked_fill(~chosen_NE, torch.inf).amin(dim=1)
+        best_N = score_NE.masked_fill(chosen_NE, -torch.inf).amax(dim=1)
+        return score_NE if bool((worst_N >= best_N).all()) else None
+
+
+def _unheard(_: torch.Tensor) -> None:
+    """No router is listened to."""
 
 
 def is_expert_owner(module: nn.Module) -> bool:
@@ -43,21 +110,22 @@ def phase_of(module: nn.Module, leaf: str) -> str | None:
 
 
 def heard_forward(
-    experts: Any, listener: Listener, rounding: Mapping[str, Rounding]
+    experts: Any, listener: Listener, rounding: Mapping[str, Rounding], scores: Scores = _unheard
 ) -> Callable[..., torch.Tensor]:
     """A forward for the module ``experts`` that tells ``listener`` the inputs before it multiplies them.
 
-    ``rounding``: phase -> what is done to inputs that were heard, before they are multiplied.
+    ``rounding``: phase -> what is done to inputs that were heard, before they are multiplied. ``scores``: of
+    this pass's router.
     """
     if _is_llama4(experts):
 
         def dense(hidden: torch.Tensor) -> torch.Tensor:
-            return _llama4(experts, listener, rounding, hidden)
+            return _llama4(experts, listener, rounding, scores, hidden)
 
         return dense
 
     def grouped(hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        return _grouped(experts, listener, rounding, hidden, top_k_index, top_k_weights)
+        return _grouped(experts, listener, rounding, scores, hidden, top_k_index, top_k_weights)
 
     return grouped
 
@@ -90,16 +158,41 @@ def _is_llama4(module: nn.Module) -> bool:
 
 
 def _llama4(
-    experts: Any, listener: Listener, rounding: Mapping[str, Rounding], hidden: torch.Tensor
+    experts: Any,
+    listener: Listener,
+    rounding: Mapping[str, Rounding],
+    scores: Scores,
+    hidden: torch.Tensor,
 ) -> torch.Tensor:
     """Every expert sees every token; those not routed to it come as zeros."""
     x_ENH = hidden.view(experts.gate_up_proj.shape[0], -1, experts.hidden_size)
-    tokens = [rows.nonzero().flatten() for rows in (x_ENH != 0).any(dim=-1)]
-    listener(UP, [(x_NH[chosen], chosen) for x_NH, chosen in zip(x_ENH, tokens, strict=True)])
-    x_ENH = _rounded(UP, x_ENH, rounding)
-    gate, up = torch.bmm(x_ENH, experts.gate_up_proj).chunk(2, dim=-1)
+    chosen_EN = (x_ENH != 0).any(dim=-1)
+    tokens = [chosen_N.nonzero().flatten() for chosen_N in chosen_EN]
+    score_NE = scores(chosen_EN.T)
+
+    def inner(expert: int, x_RH: torch.Tensor) -> torch.Tensor:
+        gate, up = (_rounded(UP, x_RH, rounding) @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        inner_RI: torch.Tensor = up * experts.act_fn(gate)
+        return inner_RI
+
+    def offered(expert: int, tokens_R: torch.Tensor) -> torch.Tensor:
+        # A token comes times the sigmoid of its score for the expert that it was routed to.
+        assert score_NE is not None
+        score_RE = score_NE[tokens_R].float()
+        best_R = score_RE.argmax(dim=1)
+        was_R1 = score_RE.gather(1, best_R[:, None]).sigmoid()
+        factor_R1 = score_RE[:, expert, None].sigmoid() / was_R1.clamp_min(torch.finfo(torch.float32).tiny)
+        return (x_ENH[best_R, tokens_R] * factor_R1).to(x_ENH.dtype)
+
+    def shares(x_ENI: torch.Tensor, offered: _Offered | None) -> list[Share]:
+        rows = [x_NI[chosen] for x_NI, chosen in zip(x_ENI, tokens, strict=True)]
+        return _shares(rows, tokens, x_ENI.shape[1], score_NE, offered, inner)
+
+    listener(UP, shares(x_ENH, None if score_NE is None else offered))
+    rounded_ENH = _rounded(UP, x_ENH, rounding)
+    gate, up = torch.bmm(rounded_ENH, experts.gate_up_proj).chunk(2, dim=-1)
     inner_ENI = up * experts.act_fn(gate)
-    listener(DOWN, [(x_NI[chosen], chosen) for x_NI, chosen in zip(inner_ENI, tokens, strict=True)])
+    listener(DOWN, shares(inner_ENI, None))
     inner_ENI = _rounded(DOWN, inner_ENI, rounding)
     return torch.bmm(inner_ENI, experts.down_proj).view(-1, experts.hidden_size)
 
@@ -108,43 +201,89 @@ def _grouped(
     experts: Any,
     listener: Listener,
     rounding: Mapping[str, Rounding],
+    scores: Scores,
     hidden_NH: torch.Tensor,
     top_k_index_NK: torch.Tensor,
     top_k_weights_NK: torch.Tensor,
 ) -> torch.Tensor:
     """Rows sorted by expert, one matrix product a group of rows."""
-    from transformers.integrations.moe import _grouped_linear
-
     tokens, top_k = top_k_index_NK.shape
     expert_S, order_S = torch.sort(top_k_index_NK.reshape(-1))
-    counts = torch.bincount(expert_S, minlength=experts.num_experts)
-    ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
     token_S = order_S // top_k
-    split = counts.tolist()
+    split = torch.bincount(expert_S, minlength=experts.num_experts).tolist()
     token_of = torch.split(token_S, split)
+    chosen_NE = torch.zeros(tokens, len(split), dtype=torch.bool, device=hidden_NH.device)
+    score_NE = scores(chosen_NE.scatter_(1, top_k_index_NK, True))
 
-    def product(x_S: torch.Tensor, name: str) -> torch.Tensor:
-        bias = getattr(experts, f"{name}_bias")[expert_S] if experts.has_bias else None
-        weight = getattr(experts, name)
-        made: torch.Tensor = _grouped_linear(
-            x_S, weight, ends, bias=bias, is_transposed=experts.is_transposed
+    def inner(expert: int, x_RH: torch.Tensor) -> torch.Tensor:
+        return _grouped_inner(
+            experts, rounding, x_RH, torch.full_like(expert_S[:1], expert).expand(len(x_RH))
         )
-        return made
+
+    def shares(x_SI: torch.Tensor, offered: _Offered | None) -> list[Share]:
+        return _shares(torch.split(x_SI, split), token_of, tokens, score_NE, offered, inner)
 
     x_SH = hidden_NH[token_S]
-    listener(UP, list(zip(torch.split(x_SH, split), token_of, strict=True)))
-    x_SH = _rounded(UP, x_SH, rounding)
-    if experts.has_gate:
-        inner_SI = experts._apply_gate(product(x_SH, "gate_up_proj"))
-    else:
-        inner_SI = experts.act_fn(product(x_SH, "up_proj"))
-    listener(DOWN, list(zip(torch.split(inner_SI, split), token_of, strict=True)))
+    listener(UP, shares(x_SH, lambda _, tokens_R: hidden_NH[tokens_R]))
+    inner_SI = _grouped_inner(experts, rounding, x_SH, expert_S)
+    listener(DOWN, shares(inner_SI, None))
     inner_SI = _rounded(DOWN, inner_SI, rounding)
-    weighted_SH = product(inner_SI, "down_proj") * top_k_weights_NK.reshape(-1)[order_S].unsqueeze(-1)
+    made_SH = _product(experts, "down_proj", inner_SI, expert_S)
+    weighted_SH = made_SH * top_k_weights_NK.reshape(-1)[order_S].unsqueeze(-1)
     back_S = torch.empty_like(order_S)
     back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     summed_NH = weighted_SH[back_S].view(tokens, top_k, hidden_NH.shape[-1]).sum(dim=1)
     return summed_NH.to(hidden_NH.dtype)
+
+
+def _grouped_inner(
+    experts: Any, rounding: Mapping[str, Rounding], x_SH: torch.Tensor, expert_S: torch.Tensor
+) -> torch.Tensor:
+    """The inputs [S, I] of the last product; rows sorted by expert."""
+    x_SH = _rounded(UP, x_SH, rounding)
+    made: torch.Tensor
+    if experts.has_gate:
+        made = experts._apply_gate(_product(experts, "gate_up_proj", x_SH, expert_S))
+    else:
+        made = experts.act_fn(_product(experts, "up_proj", x_SH, expert_S))
+    return made
+
+
+def _product(experts: Any, name: str, x_SI: torch.Tensor, expert_S: torch.Tensor) -> torch.Tensor:
+    """Each row times its expert's matrix; rows sorted by expert."""
+    from transformers.integrations.moe import _grouped_linear
+
+    counts = torch.bincount(expert_S, minlength=experts.num_experts)
+    made: torch.Tensor = _grouped_linear(
+        x_SI,
+        getattr(experts, name),
+        torch.cumsum(counts, dim=0, dtype=torch.int32),
+        bias=getattr(experts, f"{name}_bias")[expert_S] if experts.has_bias else None,
+        is_transposed=experts.is_transposed,
+    )
+    return made
+
+
+def _shares(
+    rows: Sequence[torch.Tensor],
+    tokens: Sequence[torch.Tensor],
+    batch_tokens: int,
+    score_NE: torch.Tensor | None,
+    offered: _Offered | None,
+    inner: Callable[[int, torch.Tensor], torch.Tensor],
+) -> list[Share]:
+    """Every expert's share of a batch."""
+    return [
+        Share(
+            x_MI,
+            tokens_M,
+            batch_tokens,
+            None if score_NE is None else score_NE[:, expert],
+            None if offered is None else partial(offered, expert),
+            partial(inner, expert),
+        )
+        for expert, (x_MI, tokens_M) in enumerate(zip(rows, tokens, strict=True))
+    ]
 
 
 def _rounded(phase: str, x: torch.Tensor, rounding: Mapping[str, Rounding]) -> torch.Tensor:

@@ -21,11 +21,12 @@ from compressor.model.hidden import HiddenStates
 from compressor.model.listen import Ear, Ears, Heard, listen
 from compressor.model.outside import Outside, as_parameter
 from compressor.model.paused import PausedPasses
+from compressor.model.routed import Share
 from compressor.model.stubs import Call
 
-# Site, the rows [N, I] that reach it, and for an expert their positions in the flattened batch [B * T], else
-# None. The rows lie in the block's own memory: clone what is kept.
-Hear = Callable[[Site, torch.Tensor, torch.Tensor | None], None]
+# Site, the rows [N, I] that reach it, and for an expert what else is known of its share, else None. The rows
+# lie in the block's own memory: clone what is kept.
+Hear = Callable[[Site, torch.Tensor, Share | None], None]
 
 
 def check_walkable(source: Source) -> dict[str, str]:
@@ -167,7 +168,7 @@ class Tape:
             block: from ``load``.
             states: holds the block's input.
             batch: which of the recorded ones.
-            hear: told the input of every site, before it is multiplied; experts without tokens are left out.
+            hear: told the input of every site, before it is multiplied; of experts without tokens no rows.
             until: stop as soon as this step was heard, with None for the output.
             gradients: whether the output leads back to the block's parameters.
 
@@ -247,10 +248,10 @@ def _by_site(block: Block, hear: Hear | None) -> Heard:
     """What is told of ears told of sites."""
     sites = {site.name: site for step in block.steps for site in step}
 
-    def heard(ear: Ear, expert: int | None, x_NI: torch.Tensor, tokens_N: torch.Tensor | None) -> None:
+    def heard(ear: Ear, expert: int | None, x_NI: torch.Tensor, share: Share | None) -> None:
         if hear is None:
             return
         name = f"{block.path}.{ear.owners[0]}" if expert is None else site_name(block.path, ear, expert)
-        hear(sites[name], x_NI, tokens_N)
+        hear(sites[name], x_NI, share)
 
     return heard

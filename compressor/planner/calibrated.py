@@ -32,7 +32,7 @@ from compressor.stages.base import Claim, needs_calibration, needs_moments, need
 from compressor.stages.walk import WalkSpec
 from compressor.workspace import stage_key
 
-WALK_VERSION = 3
+WALK_VERSION = 4
 # What hidden states, inputs and statistics may take of the memory that is free; blocks and solves need more.
 _STATES_SHARE = 0.3
 _INPUTS_SHARE = 0.2
@@ -259,9 +259,11 @@ def _input_widths(claims: Sequence[Claim]) -> tuple[list[int], list[int]]:
 
 
 def _statistics_bytes(widths: Sequence[tuple[list[int], list[int]]], most: int) -> int:
-    """One or two fp32 matrices an input, at most ``most`` bytes at once, and what a solver makes of one."""
+    """Two fp32 matrices an input, or one and what an expert may be topped up with, at most ``most`` bytes at
+    once; and what a solver makes of one.
+    """
     sums = [
-        4 * (2 * sum(width**2 for width in dense) + sum(width**2 for width in routed))
+        8 * sum(width**2 for width in dense) + 5 * sum(width**2 for width in routed)
         for dense, routed in widths
     ]
     largest = max((width for dense, routed in widths for width in (*dense, *routed)), default=0)

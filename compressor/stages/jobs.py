@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
-from compressor.spec import LinearPart
+from compressor.spec import LinearPart, TensorHeader
 from compressor.stages.base import Claim
 
 if TYPE_CHECKING:
     import torch
 
     from compressor.model.blocks import Site
-    from compressor.numerics.input_ranges import InputRange
     from compressor.solvers.statistics import Moments
 
 # Matrices that share a tensor-level scale, with their claims.
@@ -29,6 +28,18 @@ def scale_groups(matrices: Iterable[tuple[Claim, LinearPart]]) -> list[Job]:
         shared = part.fuse_group if claim.scheme.shares_tensor_scale else None
         grouped.setdefault(shared or part.module, []).append((claim, part))
     return [tuple(group) for group in grouped.values()]
+
+
+def stored_tensors(matrices: Iterable[tuple[Claim, LinearPart]]) -> list[TensorHeader]:
+    """What the schemes of the matrices store, in order."""
+    return [
+        output
+        for claim, part in matrices
+        if claim.scheme is not None
+        for output in claim.scheme.outputs(
+            part.module, part.out_features, part.in_features, dtype=claim.tensor.dtype
+        )
+    ]
 
 
 def heard_jobs(jobs: Sequence[Job], moments: Moments | None) -> list[HeardJob]:
@@ -79,7 +90,8 @@ def heard_together(step: Iterable[Site], modules: Set[str], most_bytes: int) -> 
     for site in step:
         if not any(part.module in modules for part in site.parts):
             continue
-        needed = 4 * site.in_features**2 * (1 if site.routed else 2)
+        # One fp32 sum and rows on offer, a quarter as many as columns; or two sums.
+        needed = site.in_features**2 * (5 if site.routed else 8)
         if chosen and used + needed > most_bytes:
             yield chosen
             chosen, used = [], 0
@@ -87,13 +99,3 @@ def heard_together(step: Iterable[Site], modules: Set[str], most_bytes: int) -> 
         used += needed
     if chosen:
         yield chosen
-
-
-def shared_ranges(ranges: Mapping[Site, InputRange]) -> dict[str, InputRange]:
-    """The ranges of one step's sites by name; engines have one for all experts of a layer."""
-    merged: dict[int, InputRange] = {}
-    for site, heard in ranges.items():
-        if site.routed:
-            known = merged.get(site.in_features)
-            merged[site.in_features] = heard if known is None else known.merge(heard)
-    return {site.name: merged[site.in_features] if site.routed else heard for site, heard in ranges.items()}

@@ -28,6 +28,7 @@ class PartError:
         output_error: relative squared error of the layer's output on the calibration tokens, or None.
         rtn_output_error: the same of plain round to nearest, or None.
         tokens: how many calibration tokens reached the matrix, or None.
+        topped_up: how many more it was solved on, which the router sent to other experts.
         note: why another solver's values were stored than asked for, or None.
     """
 
@@ -41,10 +42,13 @@ class PartError:
     rtn_output_error: float | None = None
     tokens: int | None = None
     note: str | None = None
+    topped_up: int = 0
 
     @classmethod
-    def of(cls, part: LinearPart, scheme: Scheme, solved: Solved, tokens: int | None) -> PartError:
-        """The errors of a solved matrix."""
+    def of(
+        cls, part: LinearPart, scheme: Scheme, solved: Solved, rows: int | None, topped_up: int = 0
+    ) -> PartError:
+        """The errors of a matrix that was solved on so many ``rows``, ``topped_up`` of them not its own."""
         return cls(
             module=part.module,
             scheme=scheme.label,
@@ -54,8 +58,9 @@ class PartError:
             solver=solved.used,
             output_error=solved.output_error,
             rtn_output_error=solved.rtn_output_error,
-            tokens=tokens,
+            tokens=None if rows is None else rows - topped_up,
             note=solved.note,
+            topped_up=topped_up,
         )
 
     def learned(self, squared_error: float, squared_norm: float) -> PartError:
@@ -91,17 +96,50 @@ class BlockError:
         return self.before is not None and self.after is not None and self.after < self.before
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """How many calibration tokens the experts of one module were sent.
+
+    Attributes:
+        name: path of the module.
+        enough: tokens without which an expert is starved.
+        tokens: of each expert.
+        topped_up: of each expert: other experts' tokens that it was solved on as well.
+        scored: whether those are the ones that the router scored highest, as far as any were needed; else
+            its scores could not be heard.
+        shared_range: whether a scale of inputs was stored for all of them, of what any of them heard.
+    """
+
+    name: str
+    enough: int
+    tokens: tuple[int, ...]
+    topped_up: tuple[int, ...]
+    scored: bool
+    shared_range: bool
+
+    @property
+    def starved(self) -> int:
+        """How many experts were sent too few."""
+        return sum(tokens < self.enough for tokens in self.tokens)
+
+    @property
+    def never_reached(self) -> int:
+        """How many experts were sent none."""
+        return self.tokens.count(0)
+
+
 def write_receipt(
     folder: Path,
     name: str,
     errors: Sequence[PartError],
     block: BlockError | None = None,
     smoothing: Mapping[str, Any] | None = None,
+    experts: Sequence[Coverage] = (),
 ) -> None:
     """Writes the receipt of the finished file ``name``: its hash, and the errors of what is in it.
 
     ``block``: what learning the block did, where it was asked for; ``smoothing``: the same of smoothing it
-    (``Smoother.facts``).
+    (``Smoother.facts``); ``experts``: what they were sent, where there are any.
     """
     receipt: dict[str, Any] = {"sha256": file_sha256(folder / name)}
     receipt["errors"] = [asdict(error) for error in errors]
@@ -109,6 +147,8 @@ def write_receipt(
         receipt["block"] = asdict(block)
     if smoothing is not None:
         receipt["smoothing"] = smoothing
+    if experts:
+        receipt["experts"] = [asdict(coverage) for coverage in experts]
     write_json(_path(folder, name), receipt)
 
 

@@ -24,6 +24,7 @@ from compressor.stages.ahead import compile_ahead
 from compressor.stages.base import Claim, needs_calibration, needs_data, needs_range
 from compressor.stages.receipts import (
     BlockError,
+    Coverage,
     PartError,
     all_receipts,
     drop_receipt,
@@ -94,6 +95,7 @@ def walk_stage(
         "dtype": spec.dtype,
         "blocks": [asdict(block) for block in _learned(folder)],
         **_smoothed(folder),
+        "experts": [asdict(coverage) for coverage in _coverage(folder)],
     }
     return {"resumed": resumed, "calibration": facts}
 
@@ -162,13 +164,14 @@ def walk(
                     else:
                         path = folder / layer_name(index)
                         errors = work.solve(path, progress, note=tape.blocks[index])
-                        write_receipt(folder, path.name, errors, work.learned, work.smoothed)
+                        write_receipt(folder, path.name, errors, work.learned, work.smoothed, work.coverage)
                     if batches and index + 1 < len(by_block):
                         work.advance()
                         streams.keep(index + 1)
         streams.discard()
     _warn_of_fallbacks(folder, progress)
     _warn_of_unlearned(folder, progress)
+    _warn_of_starved(folder, progress)
     progress.finish(resumed=all(done))
     return any(done)
 
@@ -212,6 +215,30 @@ def _smoothed(folder: Path) -> dict[str, Any]:
         "smoothed": [made for facts in found for made in facts["inputs"]],
         "changed_16bit": [name for facts in found for name in facts["changed_16bit"]],
     }
+
+
+def _coverage(folder: Path) -> list[Coverage]:
+    """Of all modules of experts, in order."""
+    return [
+        Coverage(**{**facts, "tokens": tuple(facts["tokens"]), "topped_up": tuple(facts["topped_up"])})
+        for receipt in all_receipts(folder)
+        for facts in receipt.get("experts", ())
+    ]
+
+
+def _warn_of_starved(folder: Path, progress: Progress) -> None:
+    """Says in one line how many experts were sent too few tokens."""
+    found = _coverage(folder)
+    starved = sum(coverage.starved for coverage in found)
+    if not starved:
+        return
+    experts = sum(len(coverage.tokens) for coverage in found)
+    never = sum(coverage.never_reached for coverage in found)
+    least = sorted({coverage.enough for coverage in found})
+    progress.warn(
+        f"{starved:,} of {experts:,} experts were sent fewer than {' or '.join(map(str, least))} calibration "
+        f"tokens, {never:,} of them none: more text, or longer, would calibrate them better"
+    )
 
 
 def _warn_of_unlearned(folder: Path, progress: Progress) -> None:

@@ -13,8 +13,10 @@ from compressor.checkpoint.base import Source
 from compressor.checkpoint.safetensors_writer import ShardWriter
 from compressor.errors import CheckpointError
 from compressor.progress import Progress
-from compressor.stages.base import Claim, Started, needs_moments, needs_range
+from compressor.stages.base import Claim, Started, needs_data, needs_moments
+from compressor.stages.experts import Experts
 from compressor.stages.importance import norm_importance
+from compressor.stages.input_scales import InputScales
 from compressor.stages.jobs import (
     HeardJob,
     Job,
@@ -22,11 +24,11 @@ from compressor.stages.jobs import (
     heard_jobs,
     heard_together,
     scale_groups,
-    shared_ranges,
     source_bytes,
     stacked,
+    stored_tensors,
 )
-from compressor.stages.receipts import BlockError, PartError
+from compressor.stages.receipts import BlockError, Coverage, PartError
 from compressor.stages.streams import Streams
 from compressor.stages.walked import WalkedTensors
 
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
     from compressor.model.blocks import Block, Site
     from compressor.model.hidden import HiddenStates
     from compressor.model.paused import PausedPasses
+    from compressor.model.routed import Share
     from compressor.model.tape import Hear, Tape
-    from compressor.numerics.input_ranges import InputRange
     from compressor.solvers.statistics import Moments
     from compressor.spec import LinearPart
     from compressor.stages.smoothing import Smoother
@@ -103,7 +105,7 @@ class BlockWalk:
         self._inputs: dict[str, dict[int, torch.Tensor]] | None = None
         # The result's stream on its way through the block, where it waits for what is solved.
         self._paused: PausedPasses[Hear] | None = None
-        self._ranges: dict[str, InputRange] = {}
+        self._scales = InputScales(block, self._by_module, streams.device)
         self._site_of = {part.module: site for step in block.steps for site in step for part in site.parts}
         # Number of a step, and sites with something to solve that are heard together.
         self._passes = [
@@ -111,9 +113,13 @@ class BlockWalk:
             for number, step in enumerate(block.steps)
             for sites in heard_together(step, self._by_module.keys(), moment_bytes)
         ]
-        # By module: making them takes milliseconds, and every batch asks for them.
-        self._of_inputs: dict[str, dict[str, torch.Tensor]] = {}
         self._jobs_of: dict[str, list[Job]] = {}
+        needing = {
+            site.expert
+            for module, site in self._site_of.items()
+            if site.routed and module in self._by_module and needs_data(self._by_module[module][0])
+        }
+        self._experts = Experts([site for step in block.steps for site in step], needing)
 
     def put_finished(self, walked: WalkedTensors) -> None:
         """Takes the block's quantized weights from what an interrupted run finished."""
@@ -130,14 +136,7 @@ class BlockWalk:
             UserError: the disk is full.
         """
         errors: list[PartError] = []
-        outputs = [
-            output
-            for claim, part in self._by_module.values()
-            if claim.scheme is not None
-            for output in claim.scheme.outputs(
-                part.module, part.out_features, part.in_features, dtype=claim.tensor.dtype
-            )
-        ]
+        outputs = stored_tensors(self._by_module.values())
         smoothed: dict[str, torch.Tensor] = {}
         if self._smoother is not None:
             self._smoother.run(self._streams.exact, len(self._streams))
@@ -186,6 +185,11 @@ class BlockWalk:
             self._write(writer, start.part, tensors.get(module, start.tensors))
         return list(found.values())
 
+    @property
+    def coverage(self) -> list[Coverage]:
+        """What the experts were sent, once they are solved."""
+        return self._experts.coverage(self._scales.is_shared)
+
     def advance(self) -> None:
         """Both streams pass the block: the source's with its weights, the result's with the stored ones."""
         self._move_exact()
@@ -228,23 +232,18 @@ class BlockWalk:
 
     def _pass_exact(self) -> None:
         """One pass of the source's stream, for the ranges of inputs and for inputs that are kept."""
-        from compressor.numerics.input_ranges import RangeSums
-
         sites = [site for step in self._exact.steps for site in step]
         paired = {site.name for site in sites if self._keep_inputs and self._is_paired(site)}
-        sums = {
-            site.name: RangeSums(site.in_features, self._streams.device)
-            for site in sites
-            if any(needs_range(job[0][0]) for job in self._jobs(site))
-        }
         inputs: dict[str, dict[int, torch.Tensor]] = {name: {} for name in paired}
         moves = self._keep_inputs or self._fed is None
-        if not (moves or sums):
+        if not (moves or self._scales.needed):
             return
+        counting = self._experts.passing(())
 
-        def hear(site: Site, x_NI: torch.Tensor, tokens_N: torch.Tensor | None) -> None:
-            if site.name in sums:
-                sums[site.name].add(x_NI)
+        def hear(site: Site, x_NI: torch.Tensor, share: Share | None) -> None:
+            self._scales.hear(site, x_NI)
+            if share is not None:
+                counting.hear(site, share)
             if site.name in paired:
                 inputs[site.name][batch] = x_NI.clone()
 
@@ -255,9 +254,8 @@ class BlockWalk:
         if moves:
             self._inputs = inputs
             self._moved = True
-        for step in self._exact.steps:
-            heard = {site: sums[site.name].result() for site in step if site.name in sums}
-            self._ranges |= shared_ranges(heard)
+        self._scales.finish()
+        counting.finish()
 
     def _is_heard(self, site: Site) -> bool:
         return any(needs_moments(job[0][0]) for job in self._jobs(site))
@@ -288,18 +286,21 @@ class BlockWalk:
         # Of all experts, so that what is long does not depend on which of them are heard together.
         here, routed = {site.name for site in self._exact.steps[step]}, list[Routed]()
         moves = ends and bool(paired) and not self._moved
+        topping = self._experts.passing(heard)
 
-        def keep(site: Site, x_NI: torch.Tensor, tokens_N: torch.Tensor | None) -> None:
+        def keep(site: Site, x_NI: torch.Tensor, share: Share | None) -> None:
             if site.name in paired:
                 exact[site.name] = x_NI.clone() if moves else x_NI
 
-        def add(site: Site, x_NI: torch.Tensor, tokens_N: torch.Tensor | None) -> None:
+        def add(site: Site, x_NI: torch.Tensor, share: Share | None) -> None:
             if site.name in paired:
                 sums[site.name].add(self._rounded(site, x_NI), exact.pop(site.name))
-            elif site.routed and site.name in here:
-                own = sums.get(site.name)
-                fed_NI = x_NI if own is None else self._rounded(site, x_NI)
-                routed.append(Routed(own, row_norms(x_NI), fed_NI))
+            elif share is not None:
+                topping.hear(site, share)
+                if site.name in here:
+                    own = sums.get(site.name)
+                    fed_NI = x_NI if own is None else self._rounded(site, x_NI)
+                    routed.append(Routed(own, row_norms(x_NI), fed_NI))
 
         for batch in range(len(self._streams)):
             if self._inputs is not None:
@@ -315,6 +316,11 @@ class BlockWalk:
             add_together(routed)
             routed.clear()
         self._moved = self._moved or moves
+        topping.finish()
+        for site in heard:
+            spare_RI = topping.rows(site) if site.routed else None
+            if spare_RI is not None:
+                sums[site.name].add(self._rounded(site, spare_RI))
         return {name: total.result() for name, total in sums.items()}
 
     def _jobs(self, site: Site) -> list[Job]:
@@ -347,13 +353,15 @@ class BlockWalk:
         errors = []
         for (job, moments), results in zip(batch, solved, strict=True):
             for (claim, part), result in zip(job, results, strict=True):
-                tensors = result.tensors | self._input_tensors(claim, part)
+                tensors = result.tensors | self._scales.of(claim, part)
                 if solver.learning is None:
                     self._write(writer, part, tensors)
                 else:
                     self._started.append(Started(claim, part, tensors))
                 self._put(claim, part, tensors)
-                found = PartError.of(part, scheme, result, None if moments is None else moments.rows)
+                spare = self._experts.topped_up(self._site_of[part.module])
+                rows = None if moments is None else moments.rows
+                found = PartError.of(part, scheme, result, rows, 0 if rows is None else spare)
                 errors.append(found if self._smoother is None else self._smoother.told(found))
         return errors
 
@@ -367,20 +375,7 @@ class BlockWalk:
         assert claim.scheme is not None
         if not claim.scheme.rounds_inputs:
             return x_NI
-        return claim.scheme.round_inputs(x_NI, self._input_tensors(claim, part))
-
-    def _input_tensors(self, claim: Claim, part: LinearPart) -> dict[str, torch.Tensor]:
-        """What the scheme stores of the range of a matrix's inputs."""
-        assert claim.scheme is not None
-        if not claim.scheme.static_inputs:
-            return {}
-        if part.module not in self._of_inputs:
-            heard = self._ranges[self._site_of[part.module].name]
-            try:
-                self._of_inputs[part.module] = claim.scheme.input_tensors(heard)
-            except CheckpointError as error:
-                raise CheckpointError(error.what, where=part.module, fix=error.fix) from error
-        return self._of_inputs[part.module]
+        return claim.scheme.round_inputs(x_NI, self._scales.of(claim, part))
 
     def _put(self, claim: Claim, part: LinearPart, tensors: dict[str, torch.Tensor]) -> None:
         """Gives a matrix of the result's stream what an engine computes with."""

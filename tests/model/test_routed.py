@@ -13,7 +13,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from compressor.model.routed import heard_forward, is_expert_owner, phase_of
+from compressor.model.routed import Share, heard_forward, is_expert_owner, phase_of
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 19, 16, 6, 2
 
@@ -50,7 +50,7 @@ def test_decorated_experts(kind: str) -> None:
     """The same bits as transformers' grouped_mm, and its eager loop but for the order of summation."""
     experts = _experts(kind)
     hidden, chosen, weights = _routing()
-    told: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    told: dict[str, list[Share]] = {}
     made = heard_forward(experts, lambda phase, rows: told.update({phase: list(rows)}), {})(
         hidden, chosen, weights
     )
@@ -61,8 +61,8 @@ def test_decorated_experts(kind: str) -> None:
 
     summed = torch.zeros_like(hidden)
     for expert in range(EXPERTS):
-        x, tokens = told["up"][expert]
-        inner, same = told["down"][expert]
+        x, tokens = told["up"][expert].x_MI, told["up"][expert].tokens_M
+        inner, same = told["down"][expert].x_MI, told["down"][expert].tokens_M
         assert torch.equal(tokens, same)
         assert sorted(tokens.tolist()) == (chosen == expert).any(dim=1).nonzero().flatten().tolist()
         assert torch.equal(x, hidden[tokens])
@@ -72,7 +72,7 @@ def test_decorated_experts(kind: str) -> None:
         share = (weights * (chosen == expert)).sum(dim=1)[tokens]
         summed.index_add_(0, tokens, out * share.unsqueeze(1))
     torch.testing.assert_close(summed, made, rtol=1e-5, atol=1e-6)
-    assert len(told["up"][EXPERTS - 1][0]) == 0
+    assert len(told["up"][EXPERTS - 1].x_MI) == 0
 
 
 @torch.no_grad()
@@ -87,16 +87,16 @@ def test_llama4_experts() -> None:
     owner = torch.arange(TOKENS) % 2  # the third expert gets nothing
     x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(4))
     x_ENH = torch.stack([x * (owner == expert).unsqueeze(1) for expert in range(3)])
-    told: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    told: dict[str, list[Share]] = {}
     forward = heard_forward(experts, lambda phase, rows: told.update({phase: list(rows)}), {})
     assert torch.equal(forward(x_ENH.view(-1, HIDDEN)), experts(x_ENH.view(-1, HIDDEN)))
     for expert in range(3):
-        rows, tokens = told["up"][expert]
+        rows, tokens = told["up"][expert].x_MI, told["up"][expert].tokens_M
         assert torch.equal(tokens, (owner == expert).nonzero().flatten())
         assert torch.equal(rows, x[tokens])
         gate, up = (rows @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
         torch.testing.assert_close(
-            told["down"][expert][0], up * nn.functional.silu(gate), rtol=1e-5, atol=1e-5
+            told["down"][expert].x_MI, up * nn.functional.silu(gate), rtol=1e-5, atol=1e-5
         )
 
 
@@ -108,7 +108,7 @@ def test_inputs_are_rounded_after_they_were_heard() -> None:
     """Both phases, against a loop over experts; the listener is told the inputs before."""
     experts = _experts("gated")
     hidden, chosen, weights = _routing()
-    told: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    told: dict[str, list[Share]] = {}
     made = heard_forward(experts, lambda phase, rows: told.update({phase: list(rows)}), ROUNDING)(
         hidden, chosen, weights
     )
@@ -119,7 +119,7 @@ def test_inputs_are_rounded_after_they_were_heard() -> None:
             inner = ROUNDING["down"](nn.functional.silu(gate) * up)
             expected[token] += weight * (inner @ experts.down_proj[expert].T)
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
-    x, tokens = told["up"][0]
+    x, tokens = told["up"][0].x_MI, told["up"][0].tokens_M
     assert torch.equal(x, hidden[tokens])
 
 

@@ -19,6 +19,7 @@ from compressor.model.blocks import Block, Site
 from compressor.model.hidden import HiddenStates
 from compressor.model.load import load_source_model
 from compressor.model.names import extract
+from compressor.model.routed import Share
 from compressor.model.tape import Tape, check_walkable
 
 from .zoo import FAMILIES, REFUSED
@@ -92,13 +93,13 @@ def _heard(
     inputs: dict[str, torch.Tensor] = {}
     tokens: dict[str, torch.Tensor] = {}
 
-    def hear(site: Site, x_NI: torch.Tensor, tokens_N: torch.Tensor | None) -> None:
+    def hear(site: Site, x_NI: torch.Tensor, share: Share | None) -> None:
         assert site.name not in inputs
         assert x_NI.shape[1] == site.in_features
-        assert site.routed == (tokens_N is not None)
+        assert site.routed == (share is not None)
         inputs[site.name] = x_NI.clone()
-        if tokens_N is not None:
-            tokens[site.name] = tokens_N.clone()
+        if share is not None:
+            tokens[site.name] = share.tokens_M.clone()
 
     out = tape.run(block, states, 0, hear=hear, until=until)
     return inputs, tokens, out
@@ -413,3 +414,68 @@ def test_a_block_drops_what_its_twin_keeps(family: Open) -> None:
     left = [name for name, parameter in block.module.named_parameters() if not parameter.is_meta]
     assert len(left) == 1
     assert torch.equal(_must(tape.run(twin, states, 0)), before)
+
+
+# All whose experts can be heard.
+ROUTED = (
+    "llama4",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_5_moe",
+    "olmoe",
+    "phimoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "jamba",
+    "nemotron_h",
+)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_what_experts_could_have_been_given(name: str, family: Open) -> None:
+    """Scores are what the router chooses by; rows on offer, and what comes of them, are as if routed.
+
+    Of tokens that were routed both are known: rows to the rounding of Llama 4's factor, which is divided by
+    and multiplied with, and products of rows in groups of another size to the order of their sums.
+    """
+    tape, states = _record(family(name))
+    shares: dict[str, list[tuple[Site, Share]]] = {}
+
+    def hear(site: Site, _: torch.Tensor, share: Share | None) -> None:
+        if share is not None:
+            shares.setdefault(site.expert.rpartition(".")[0], []).append((site, share))
+
+    for index in range(len(tape.blocks)):
+        out = tape.run(tape.load(index), states, 0, hear=hear)
+        assert out is not None
+        states.put(0, out)
+    assert shares
+    for heard in shares.values():
+        entrances = [share for site, share in heard if site.is_entrance]
+        inners = [share for site, share in heard if not site.is_entrance]
+        chosen_EN = torch.zeros(len(entrances), entrances[0].batch_tokens, dtype=torch.bool)
+        for row, share, inner in zip(chosen_EN, entrances, inners, strict=True):
+            row[share.tokens_M] = True
+            assert torch.equal(share.tokens_M, inner.tokens_M)
+            if len(share.tokens_M) == 0:
+                continue
+            assert share.offered is not None
+            torch.testing.assert_close(share.offered(share.tokens_M), share.x_MI, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(inner.inner(share.x_MI), inner.x_MI, rtol=1e-4, atol=1e-6)
+        scores = [share.score_N for share in entrances if share.score_N is not None]
+        if name == "phimoe":  # which chooses without topk
+            assert not scores
+            continue
+        score_EN = torch.stack(scores)
+        top_k = int(chosen_EN[:, 0].sum())
+        assert torch.equal(
+            score_EN.topk(top_k, dim=0).indices.sort(dim=0).values, _positions(chosen_EN, top_k)
+        )
+
+
+def _positions(chosen_EN: torch.Tensor, top_k: int) -> torch.Tensor:
+    """[K, N]: which experts each token goes to, ascending."""
+    return chosen_EN.T.nonzero()[:, 1].view(-1, top_k).T
