@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -19,6 +20,7 @@ from compressor.report.calibration import (
     CalibratedMatrix,
     CalibrationFacts,
     CalibrationText,
+    ExpertCoverage,
     LearnedBlock,
     PolishFacts,
     SmoothedInput,
@@ -260,10 +262,11 @@ def _calibration(walked: Mapping[str, Any], streamed: Path, claims: Sequence[Cla
                 scheme=error["scheme"],
                 solver=error["solver"],
                 # Without a token there is no output to be wrong.
-                output_error=error["output_error"] if error["tokens"] else None,
-                rtn_output_error=error["rtn_output_error"] if error["tokens"] else None,
+                output_error=error["output_error"] if _has_rows(error) else None,
+                rtn_output_error=error["rtn_output_error"] if _has_rows(error) else None,
                 tokens=error["tokens"],
                 note=error["note"],
+                topped_up=error.get("topped_up", 0),
             )
             for error in _part_errors(streamed)
             # What could not be heard is streamed, by no solver's name, be it an expert's or the head's.
@@ -273,6 +276,29 @@ def _calibration(walked: Mapping[str, Any], streamed: Path, claims: Sequence[Cla
         polish=_polish(walked["polish"]) if "polish" in walked else None,
         changed_16bit=tuple(walked.get("changed_16bit", ())),
         smoothed=tuple(_smoothed(facts) for facts in walked.get("smoothed", ())),
+        experts=tuple(_coverage(facts) for facts in walked.get("experts", ())),
+    )
+
+
+def _has_rows(error: Mapping[str, Any]) -> bool:
+    """Whether a matrix was solved on any token."""
+    return bool(error["tokens"] or error.get("topped_up"))
+
+
+def _coverage(facts: Mapping[str, Any]) -> ExpertCoverage:
+    """What the experts of one layer were sent, as the walk has it (``receipts.Coverage``)."""
+    tokens, topped_up = facts["tokens"], facts["topped_up"]
+    return ExpertCoverage(
+        name=facts["name"],
+        experts=len(tokens),
+        tokens=(min(tokens), float(median(tokens)), max(tokens)),
+        enough=facts["enough"],
+        starved=sum(count < facts["enough"] for count in tokens),
+        topped_up=sum(map(bool, topped_up)),
+        topped_up_tokens=sum(topped_up),
+        never_reached=tokens.count(0),
+        scored=facts["scored"],
+        shared_range=facts["shared_range"],
     )
 
 

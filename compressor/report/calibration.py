@@ -34,6 +34,7 @@ class CalibratedMatrix(Record):
         tokens: how many calibration tokens reached the matrix: all, but for experts; None where the solver
             does not look at its inputs by itself.
         note: why ``rtn`` was used, where it was.
+        topped_up: how many tokens that the router sent to other experts the matrix was solved on as well.
     """
 
     name: str
@@ -43,6 +44,7 @@ class CalibratedMatrix(Record):
     rtn_output_error: Measure | None
     tokens: Count | None
     note: str | None = None
+    topped_up: Count = 0
 
 
 class SmoothedMatrix(Record):
@@ -77,6 +79,35 @@ class SmoothedInput(Record):
     ratio: Measure | None
     matrices: tuple[SmoothedMatrix, ...]
     note: str | None
+
+
+class ExpertCoverage(Record):
+    """How many calibration tokens the experts of one layer were sent.
+
+    Attributes:
+        name: of the module of experts.
+        experts: how many there are.
+        tokens: of one expert: the fewest, the median, the most.
+        enough: tokens without which an expert is starved: a quarter of its inputs' width.
+        starved: experts that were sent fewer.
+        topped_up: experts that were solved on tokens as well that the router sent to others.
+        topped_up_tokens: how many of these all of them got together.
+        never_reached: experts that were sent none.
+        scored: whether those tokens were the ones that the router scored highest for the expert; else its
+            scores could not be heard, and they are spread evenly over the text.
+        shared_range: whether the experts' static input scales are of what any of them was sent.
+    """
+
+    name: str
+    experts: _Some
+    tokens: tuple[Count, Measure, Count]
+    enough: _Some
+    starved: Count
+    topped_up: Count
+    topped_up_tokens: Count
+    never_reached: Count
+    scored: bool
+    shared_range: bool
 
 
 class LearnedBlock(Record):
@@ -139,6 +170,7 @@ class CalibrationFacts(Record):
         changed_16bit: tensors left in 16 bit that a transform changed, whose layers are not the source's one
             by one any more.
         smoothed: the inputs that solver ``smooth`` looked at; empty without it.
+        experts: of every layer whose experts were calibrated.
     """
 
     texts: tuple[CalibrationText, ...]
@@ -151,6 +183,7 @@ class CalibrationFacts(Record):
     polish: PolishFacts | None = None
     changed_16bit: tuple[str, ...] = ()
     smoothed: tuple[SmoothedInput, ...] = ()
+    experts: tuple[ExpertCoverage, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from compressor.report import rows
+from compressor.report.experts import EXPERT_HEADS, expert_rows
 from compressor.report.model import Report
 from compressor.report.serve import request_command
 from compressor.report.words import percent, short_name, size, visible
@@ -54,6 +55,8 @@ def render_html(report: Report) -> str:
         solvers=rows.solver_rows(facts) if facts else [],
         worst_output_heads=rows.WORST_OUTPUT_HEADS,
         worst_outputs=rows.worst_output_rows(facts) if facts else [],
+        expert_heads=EXPERT_HEADS,
+        experts=expert_rows(facts) if facts else [],
         calibration_notes=rows.calibration_notes(facts) if facts else [],
         stages=rows.stage_rows(report),
         checks=rows.check_rows(found) if found else [],

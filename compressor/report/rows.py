@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from compressor.report.calibration import CalibratedMatrix, CalibrationFacts, PolishFacts, SmoothedInput
+from compressor.report.experts import expert_notes
 from compressor.report.learned import learned_note
 from compressor.report.model import Gate, Quality, Report, ResultFacts
 from compressor.report.verification import EngineFacts, Verification
-from compressor.report.words import BYTE_UNITS, duration, number, percent, short_name, size
+from compressor.report.words import BYTE_UNITS, duration, number, percent, size, some_names
 
 UNMEASURED = "quality not measured"
 UNVERIFIED = "not verified yet: `compress verify` proves that the checkpoint loads and is served rightly"
@@ -30,7 +31,6 @@ ADDED_ERRORS = (
     "down. Means count every matrix alike."
 )
 _WORST_OUTPUTS = 5
-_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -332,17 +332,15 @@ def calibration_notes(facts: CalibrationFacts) -> list[str]:
     polished += [_smoothing_note(facts.smoothed)] if facts.smoothed else []
     polished += [learned_note(facts.blocks)] if facts.blocks else []
     kept = [
-        matrix.name
-        for matrix in facts.matrices
-        if matrix.solver == "rtn" and matrix.tokens and matrix.output_error is not None
+        matrix.name for matrix in facts.matrices if matrix.solver == "rtn" and matrix.output_error is not None
     ]
     if not kept:
-        return [*polished, *_expert_notes(facts)]
+        return [*polished, *expert_notes(facts)]
     said = (
         "Matrices that keep the values of round to nearest (rtn), since the solver's were no better on these "
-        f"tokens: {len(kept):,} of {len(facts.matrices):,}: {_some(kept)}."
+        f"tokens: {len(kept):,} of {len(facts.matrices):,}: {some_names(kept)}."
     )
-    return [*polished, said, *_expert_notes(facts)]
+    return [*polished, said, *expert_notes(facts)]
 
 
 def _smoothing_note(smoothed: Sequence[SmoothedInput]) -> str:
@@ -371,26 +369,3 @@ def _polish_note(facts: PolishFacts) -> str:
         f"Polish: {did}; mean KL from the source {where}: {before} before, {after} after, at the best of the "
         "steps measured there. The errors of single matrices are those before the polish."
     )
-
-
-def _expert_notes(facts: CalibrationFacts) -> Iterator[str]:
-    """Every token reaches every matrix, except those that a router chooses."""
-    heard = [(matrix.tokens, matrix.name) for matrix in facts.matrices if matrix.tokens is not None]
-    reached = [(tokens, name) for tokens, name in heard if 0 < tokens < facts.tokens]
-    if reached:
-        tokens, name = min(reached, key=lambda pair: pair[0])
-        yield (
-            f"Expert matrices that only a part of the tokens reached: {len(reached):,}; "
-            f"the fewest tokens: {tokens:,} ({short_name(name)})."
-        )
-    missed = [name for tokens, name in heard if not tokens]
-    if missed:
-        yield (
-            "Expert matrices that no token reached, whose values are not calibrated: "
-            f"{len(missed):,}: {_some(missed)}."
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(map(short_name, names[:_NAMED])) + (f" and {more:,} more" if more > 0 else "")

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from compressor.report import rows
 from compressor.report.calibration import CalibrationFacts
+from compressor.report.experts import EXPERT_HEADS, expert_rows
 from compressor.report.model import Report
 from compressor.report.verification import Verification
 from compressor.report.words import size, visible
@@ -87,6 +88,7 @@ def _show_calibration(show: _Printer, facts: CalibrationFacts) -> None:
     first = 1 if show.is_narrow else 0
     worst = [row[first:] for row in rows.worst_output_rows(facts)]
     show.table(rows.WORST_OUTPUT_HEADS[first:], worst, left=2 - first)
+    show.table(EXPERT_HEADS, expert_rows(facts))
     for note in rows.calibration_notes(facts):
         show.line(note)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 BYTE_UNITS = "1 MB = 1,000,000 bytes, 1 GB = 1,000 MB"
 _NAME_LIMIT = 200
+_NAMED = 3
 
 
 def size(nbytes: int) -> str:
@@ -60,3 +62,9 @@ def short_name(text: str) -> str:
         return shown
     half = (_NAME_LIMIT - 5) // 2
     return f"{shown[:half]} ... {shown[-half:]}"
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(map(short_name, names[:_NAMED])) + (f" and {more:,} more" if more > 0 else "")
