@@ -88,7 +88,7 @@ class ExpertCoverage(Record):
         name: of the module of experts.
         experts: how many there are.
         tokens: of one expert: the fewest, the median, the most.
-        enough: tokens without which an expert is starved: a quarter of its inputs' width.
+        enough: tokens without which an expert is starved: an eighth of its inputs' width.
         starved: experts that were sent fewer.
         topped_up: experts that were solved on tokens as well that the router sent to others.
         topped_up_tokens: how many of these all of them got together.

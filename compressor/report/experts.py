@@ -61,7 +61,7 @@ def _starved_note(layers: Sequence[ExpertCoverage]) -> str:
     never = sum(layer.never_reached for layer in layers)
     enough = " or ".join(map(str, sorted({layer.enough for layer in layers})))
     text = (
-        f"Starved experts, sent fewer than {enough} tokens (a quarter of their inputs' width): {starved:,} "
+        f"Starved experts, sent fewer than {enough} tokens (an eighth of their inputs' width): {starved:,} "
         f"of {experts:,}; {never:,} were sent none."
     )
     topped_up = sum(layer.topped_up for layer in layers)

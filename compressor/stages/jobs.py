@@ -90,7 +90,7 @@ def heard_together(step: Iterable[Site], modules: Set[str], most_bytes: int) -> 
     for site in step:
         if not any(part.module in modules for part in site.parts):
             continue
-        # One fp32 sum and rows on offer, a quarter as many as columns; or two sums.
+        # One fp32 sum and at most half as much of rows on offer; or two sums.
         needed = site.in_features**2 * (5 if site.routed else 8)
         if chosen and used + needed > most_bytes:
             yield chosen

@@ -55,7 +55,7 @@ def test_rows_have_a_layer_each() -> None:
 def test_notes() -> None:
     """How many were starved, and what was done about it; whose ranges they have."""
     assert list(expert_notes(_facts())) == [
-        "Starved experts, sent fewer than 512 tokens (a quarter of their inputs' width): 4 of 8; 2 were sent "
+        "Starved experts, sent fewer than 512 tokens (an eighth of their inputs' width): 4 of 8; 2 were sent "
         "none. 4 were solved on 1,222 tokens more, which the router sent elsewhere, those with the highest "
         "scores for them; their output errors count these.",
         "Static input scales of experts are of what all experts of their layer were sent, the starved ones' "

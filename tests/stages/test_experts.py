@@ -11,7 +11,7 @@ from compressor.model.blocks import Site
 from compressor.model.routed import Share
 from compressor.stages.experts import Experts, enough_rows
 
-WIDTH = 32
+WIDTH = 64
 ENOUGH = 8
 EXPERT = "model.layers.0.mlp.experts.1"
 UP = Site(f"{EXPERT}.up", (), (), WIDTH, True)
@@ -44,9 +44,9 @@ def _heard(
     return experts, [] if rows is None else [int(row[0]) for row in rows], rows
 
 
-def test_enough_is_a_quarter_of_the_width() -> None:
+def test_enough_is_an_eighth_of_the_width() -> None:
     """And never nothing."""
-    assert [enough_rows(width) for width in (1, 4, 64, 5120)] == [1, 1, 16, 1280]
+    assert [enough_rows(width) for width in (1, 4, 64, 5120)] == [1, 1, 8, 640]
     assert enough_rows(WIDTH) == ENOUGH
 
 

@@ -121,7 +121,7 @@ def _first_experts(folder: Path, ids: torch.Tensor) -> tuple[str, list[torch.Ten
     for expert in range(logit_NE.shape[1]):
         own, others = (mask.nonzero().flatten() for mask in (chosen_NE[:, expert], ~chosen_NE[:, expert]))
         others = others[score_NE[others, expert].argsort(descending=True, stable=True)]
-        tokens = torch.cat([own, others[: max(0, 8 - len(own))]])
+        tokens = torch.cat([own, others[: max(0, 4 - len(own))]])
         factor = logit_NE[tokens, expert, None].sigmoid() if is_llama4 else 1.0
         expected.append(x_NH[tokens] * factor)
     return ".".join(name.split(".")[:3]), expected
@@ -167,11 +167,11 @@ def test_few_tokens_never_fail(tmp_path: Path, name: str, tokens: int) -> None:
     found = [facts for receipt in all_receipts(tmp_path / "walk") for facts in receipt.get("experts", ())]
     assert found
     for facts in found:
-        assert facts["enough"] == 8
-        assert facts["scored"] == (name != "phimoe" or min(facts["tokens"]) >= 8)
+        assert facts["enough"] == 4
+        assert facts["scored"] == (name != "phimoe" or min(facts["tokens"]) >= 4)
         for own, others in zip(facts["tokens"], facts["topped_up"], strict=True):
-            assert others == max(0, min(8, tokens) - own)
-    starved = sum(own < 8 for facts in found for own in facts["tokens"])
+            assert others == max(0, min(4, tokens) - own)
+    starved = sum(own < 4 for facts in found for own in facts["tokens"])
     assert any(f"{starved} of {4 * len(found)} experts" in text for text in told.warnings) == (starved > 0)
     with pytest.raises(KeyboardInterrupt):
         _walk(folder, claims, tmp_path / "part", ids, progress=_Told(told.solved - 1))

@@ -203,8 +203,8 @@ def test_experts_are_heard_apart(moe: Path, tmp_path: Path) -> None:
     for error in errors:
         assert error["output_error"] <= error["rtn_output_error"]
         routed = ".experts." in error["module"]
-        assert error["tokens"] + error["topped_up"] == 16, "16 = 64 / 4 are enough, and all that there are"
-        assert routed or error["topped_up"] == 0
+        enough = max(0, 8 - error["tokens"])  # 64 / 8
+        assert error["topped_up"] == (enough if routed else 0)
 
 
 def test_stream_puts_walked_tensors_in_place(moe: Path, tmp_path: Path) -> None:
