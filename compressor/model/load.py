@@ -225,7 +225,10 @@ def _from_tensors(config: Any, tensors: dict[str, torch.Tensor]) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     # The auto class wants a path even where the weights are given.
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if model_class.config_class is config.sub_configs.get("text_config"):  # as the auto class does
+        config = config.get_text_config()
+    return model_class.from_pretrained(
         None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
     )
 
