@@ -16,6 +16,7 @@ LEVELS: list[set[str]] = [
     {"__main__"},
     {"cli"},
     {"api", "__init__"},
+    {"smoke"},
     {"runner"},
     {"summary", "export", "compare", "verify"},
     {"planner", "report"},

@@ -88,6 +88,18 @@ def claim_tensors(
     return claims
 
 
+def unmet_patterns(
+    headers: Mapping[str, TensorHeader], config: dict[str, Any], family: Family, weights: WeightsSection
+) -> set[tuple[str, str]]:
+    """(key of the rule, pattern) of each pattern that matches no tensor."""
+    rules = _rules(weights)
+    for header in headers.values():
+        names = _names(header, family.role(header, config))
+        for rule in rules:
+            rule.matches(names)
+    return {(rule.key, pattern) for rule, pattern in _without_hits(rules)}
+
+
 def _rules(weights: WeightsSection) -> list[_Rule]:
     ignored = [
         _Rule(f"weights.ignore.{index}", (pattern,), None, None)
@@ -110,7 +122,7 @@ def _claim(
     is_tied: bool,
     refused: dict[tuple[str, str], list[str]],
 ) -> Claim:
-    names = [header.name, header.name.removesuffix(".weight"), *(part.module for part in role.parts)]
+    names = _names(header, role)
     # Every rule looks at every tensor, so that a shadowed pattern is not reported as matching nothing.
     matching = [rule for rule in rules if rule.matches(names)]
     rule = matching[0] if matching else None
@@ -132,6 +144,11 @@ def _claim(
         for output in dialect.outputs(rule.scheme, part, dtype=header.dtype)
     )
     return Claim(header, role, "quantize", rule.key, "", rule.scheme, rule.solver, outputs)
+
+
+def _names(header: TensorHeader, role: Role) -> list[str]:
+    """What patterns are tried on."""
+    return [header.name, header.name.removesuffix(".weight"), *(part.module for part in role.parts)]
 
 
 def _not_quantizable(header: TensorHeader, role: Role, scheme: Scheme, is_tied: bool) -> str | None:
@@ -182,6 +199,13 @@ def _unmatched(rules: Sequence[_Rule], headers: Mapping[str, TensorHeader]) -> l
             where=rule.key,
             fix=f"patterns are globs (or re:REGEX) over names such as {example.removesuffix('.weight')}",
         )
+        for rule, pattern in _without_hits(rules)
+    ]
+
+
+def _without_hits(rules: Sequence[_Rule]) -> list[tuple[_Rule, str]]:
+    return [
+        (rule, pattern)
         for rule in rules
         for pattern, hits in zip(rule.patterns, rule.hits, strict=True)
         if hits == 0

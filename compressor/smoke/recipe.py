@@ -1,0 +1,108 @@
+"""The recipe of a smoke run: the same rules and solvers on a small model, with few tokens and few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compressor.model.families import family_for
+from compressor.planner.claims import unmet_patterns
+from compressor.planner.plan import Plan
+from compressor.recipe.calibration import CalibrationSection
+from compressor.recipe.load import LoadedRecipe
+from compressor.recipe.model import EvaluateSection, ModelSection, Recipe, WeightsSection
+from compressor.solvers.base import Solver
+from compressor.spec import TensorHeader
+
+SEQUENCES, SEQUENCE_TOKENS = 8, 64
+EVAL_TOKENS, EVAL_CONTEXT, EVAL_ITEMS = 256, 64, 4
+STEPS = 4
+
+
+def small_recipe(
+    plan: Plan, model: Path, config: dict[str, Any], headers: Mapping[str, TensorHeader]
+) -> tuple[LoadedRecipe, list[str]]:
+    """The recipe for the small model in the folder ``model``, and the patterns that meet nothing in it.
+
+    Quality is measured even where the recipe says not to: that the result computes is what is to be shown.
+    """
+    recipe = plan.loaded.recipe
+    unmet = unmet_patterns(headers, config, family_for(config), recipe.weights)
+    changed = {
+        "model": ModelSection(source=str(model)),
+        "weights": _weights(recipe.weights, unmet),
+        "calibration": _calibration(plan),
+        "evaluate": _evaluate(recipe),
+    }
+    patterns = list(dict.fromkeys(pattern for _, pattern in sorted(unmet)))
+    # Without patterns the rules' numbers, and so their places, may be others.
+    places = {} if patterns else plan.loaded.places
+    return LoadedRecipe(recipe.model_copy(update=changed), plan.loaded.path, places), patterns
+
+
+def _weights(weights: WeightsSection, unmet: set[tuple[str, str]]) -> WeightsSection:
+    """Without the patterns that meet nothing, which a plan would refuse, and with few steps of training."""
+    ignore = tuple(
+        pattern
+        for index, pattern in enumerate(weights.ignore)
+        if (f"weights.ignore.{index}", pattern) not in unmet
+    )
+    rules = []
+    for index, rule in enumerate(weights.rules):
+        patterns = (rule.match,) if isinstance(rule.match, str) else tuple(rule.match)
+        met = tuple(pattern for pattern in patterns if (f"weights.rules.{index}", pattern) not in unmet)
+        if met:
+            solver = None if rule.solver is None else _quick(rule.solver)
+            rules.append(rule.model_copy(update={"match": met, "solver": solver}))
+    polish = weights.polish and weights.polish.model_copy(update={"steps": min(weights.polish.steps, STEPS)})
+    return weights.model_copy(
+        update={"ignore": ignore, "rules": tuple(rules), "solver": _quick(weights.solver), "polish": polish}
+    )
+
+
+def _quick(solver: Solver) -> Solver:
+    """The solver with few steps of training, wherever it has some."""
+    changed: dict[str, Any] = {}
+    for name, value in solver:
+        if name == "steps" and isinstance(value, int):
+            changed[name] = min(value, STEPS)
+        elif isinstance(value, Solver):
+            changed[name] = _quick(value)
+        elif name == "modifiers":
+            changed[name] = tuple(_quick_modifier(item) for item in value)
+    return solver.model_copy(update=changed)
+
+
+def _quick_modifier(item: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """llm-compressor's modifier with few iterations; AutoRound takes 200 where nothing is said."""
+    return {
+        name: {**options, **({"iters": STEPS} if name == "AutoRoundModifier" else {})}
+        for name, options in item.items()
+    }
+
+
+def _calibration(plan: Plan) -> CalibrationSection | None:
+    """The same texts, of which fewer and shorter sequences are taken."""
+    spec = plan.calibration
+    if spec is None:
+        return None
+    section = plan.loaded.recipe.calibration or CalibrationSection()
+    few = {
+        "num_samples": min(spec.num_samples, SEQUENCES),
+        "sequence_length": min(spec.sequence_length, SEQUENCE_TOKENS),
+    }
+    return section.model_copy(update=few)
+
+
+def _evaluate(recipe: Recipe) -> EvaluateSection:
+    section = recipe.evaluate or EvaluateSection()
+    tasks = tuple(
+        task.model_copy(update={"limit": min(task.limit or EVAL_ITEMS, EVAL_ITEMS)}) for task in section.tasks
+    )
+    few = {
+        "tokens": min(section.tokens, EVAL_TOKENS),
+        "context": min(section.context, EVAL_CONTEXT),
+        "tasks": tasks,
+    }
+    return section.model_copy(update=few)
