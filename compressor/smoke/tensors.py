@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import CheckpointError
@@ -42,9 +42,9 @@ def small_headers(
     Raises:
         CheckpointError: transformers cannot build the small model, or the source's tensors are not its.
     """
-    known = _saved_shapes(raw, where)
     config = parsed(raw, where).get_text_config()
     named = _named(headers, *blocks, kept=config.num_hidden_layers)
+    known = _known_shapes(raw, named, where)
     matched = {name: known[name] for name in named if name in known}
     _check_whole(known, matched, where)
     guess = _Shapes(named, matched)
@@ -82,8 +82,11 @@ def declared_class(raw: Mapping[str, Any], config: Any, where: str) -> type[PreT
         return model
 
 
-def _saved_shapes(raw: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of the small model as a checkpoint stores it."""
+def _known_shapes(raw: Mapping[str, Any], names: Iterable[str], where: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the small model as a checkpoint stores it.
+
+    Where one of ``names`` is an older name of the same tensor, it stands in the place of the present one.
+    """
     import torch
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.utils import ContextManagers
@@ -94,8 +97,34 @@ def _saved_shapes(raw: Mapping[str, Any], where: str) -> dict[str, tuple[int, ..
         with ContextManagers(chosen.get_init_context(torch.float32, False, False, False)):
             model: Any = chosen(config)
         state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-        saved = revert_weight_conversion(model, state)
-        return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        saved = revert_weight_conversion(model, dict(state))
+        shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        place_of = _placer(model, state)
+        places = {place_of(name): name for name in shapes}
+        older = {
+            name: places[place]
+            for name in names
+            if name not in shapes and (place := place_of(name)) in places
+        }
+    kept = {name: shape for name, shape in shapes.items() if name not in older.values()}
+    return kept | {name: shapes[present] for name, present in older.items()}
+
+
+def _placer(model: Any, state: Mapping[str, Any]) -> Callable[[str], tuple[str, str | None, str]]:
+    """Tensor -> where the loader puts it (as ``model.tensor_map``): parameter, conversion, expert."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [found for found in transforms if isinstance(found, WeightRenaming)]
+    converters = [found for found in transforms if isinstance(found, WeightConverter)]
+
+    def place(name: str) -> tuple[str, str | None, str]:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        expert = _EXPERT.search(name)
+        return renamed, pattern, expert[1] if expert else ""
+
+    return place
 
 
 def _named(headers: Mapping[str, TensorHeader], path: str, total: int, kept: int) -> dict[str, TensorHeader]:

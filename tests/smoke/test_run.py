@@ -66,7 +66,9 @@ def test_shipped_recipes(name: str, tmp_path: Path) -> None:
     assert _left(tmp_path) == set()
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "llama4", pytest.param("jamba", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["qwen3_next", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama4", "jamba"))]
+)
 def test_families(family: str, tmp_path: Path) -> None:
     """Hybrids and mixtures of experts, walked: every kind of layer is calibrated, experts too."""
     headers = write_headers(tmp_path / "headers", CONFIGS[family]())

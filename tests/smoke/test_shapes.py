@@ -183,6 +183,18 @@ def test_tensors_that_transformers_does_not_know(tmp_path: Path) -> None:
     assert made.headers["model.layers.4.eh_proj.weight"].shape == (256, 512)
 
 
+def test_names_of_older_checkpoints(tmp_path: Path) -> None:
+    """As the published Gemma 3 has them: the loader renames them, and the small model keeps them."""
+    found = ShippedHeaders(write_headers(tmp_path / "h", CONFIGS["gemma3"]()))
+    shapes = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): header.shape
+        for name, header in found.headers.items()
+    }
+    made = _shrunk(_source(tmp_path / "old", shapes, found.config))
+    assert {without_numbers(name) for name in made.headers} == {without_numbers(name) for name in shapes}
+    assert all(name in shapes for name in made.headers)
+
+
 def test_layers_that_the_recipe_treats_otherwise(tmp_path: Path) -> None:
     """An early layer with a scheme of its own is kept; a late one is not; something is always quantized."""
     source = ShippedHeaders(write_headers(tmp_path / "h", CONFIGS["llama"]()))
