@@ -84,7 +84,7 @@ def find_blocks(model: PreTrainedModel, filled: set[str], where: str) -> tuple[s
 
 
 @contextmanager
-def library_faults(where: str, what: str) -> Iterator[None]:
+def library_faults(where: str, what: str, *, fix: str = "") -> Iterator[None]:
     """Tells whatever a library raises inside as a fault of the checkpoint: one line, ``what`` and why."""
     try:
         yield
@@ -92,7 +92,7 @@ def library_faults(where: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # the libraries raise anything from KeyError to their own classes
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise CheckpointError(f"{what}: {type(error).__name__}: {reason}", where=where) from error
+        raise CheckpointError(f"{what}: {type(error).__name__}: {reason}", where=where, fix=fix) from error
 
 
 def _on_meta(raw: dict[str, Any]) -> PreTrainedModel:

@@ -39,6 +39,7 @@ from compressor.stages.walked import REST_NAME, layer_name
 if TYPE_CHECKING:
     import torch
     from compressed_tensors.quantization import QuantizationScheme
+    from transformers import PreTrainedModel
 
     from compressor.stages.oneshot_model import OneshotModel
 
@@ -148,9 +149,7 @@ def oneshot(
         torch.manual_seed(seed)
         model = OneshotModel.loaded(source, claims)
         with _library(progress):
-            from llmcompressor.modeling.moe.linearize import linearize_moe
-
-            model.split_experts(linearize_moe)
+            model.split_experts(_linearize)
             model.check(experts=True)
             before = _run(source, model, solver, ids_NT, folder)
         tokens = ids_NT.numel()
@@ -179,6 +178,15 @@ def _by_file(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
         index = block_index(claim.tensor.name)
         files[REST_NAME if index is None else layer_name(index)].append(claim)
     return files
+
+
+def _linearize(model: PreTrainedModel) -> None:
+    """Replaces fused experts by linear layers."""
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+
+    # For Llama 4's it reads the text part of the whole model's config, which the text model's lacks (0.14).
+    with patch.object(model.config, "text_config", model.config.get_text_config(), create=True):
+        linearize_moe(model)
 
 
 def _run(
@@ -223,11 +231,10 @@ def _run(
 
 def _failed(error: Exception) -> UserError:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-    return UserError(
-        f"llm-compressor failed: {type(error).__name__}: {reason}",
-        where=_WHERE,
-        fix="the traceback is its own; other modifiers, options or one of this tool's solvers may do",
-    )
+    fix = "other modifiers, options or one of this tool's solvers may do"
+    if "resolving mappings" in reason:
+        fix = "give the modifier `mappings` that fit the model's layers, leave it out, or use solver smooth"
+    return UserError(f"llm-compressor failed: {type(error).__name__}: {reason}", where=_WHERE, fix=fix)
 
 
 def _modifiers(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _EXPERTS = ".experts."
+_OURS = "use a solver of this tool: gptq, smooth+gptq"
 # What a quantized module holds begins so.
 _STORED = ("weight", "input_")
 
@@ -81,7 +82,8 @@ class OneshotModel:
         Raises:
             CheckpointError: it fails.
         """
-        with library_faults(self.source.label, "llm-compressor cannot take the experts apart"):
+        what = "llm-compressor cannot take the experts apart"
+        with library_faults(self.source.label, what, fix=_OURS):
             split(self.model)
 
     def check(self, *, experts: bool) -> None:

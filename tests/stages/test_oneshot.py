@@ -290,6 +290,15 @@ def test_failure_inside_is_told(folder: Path, tmp_path: Path, monkeypatch: pytes
     _run(folder, _claims(folder, INT4, "GPTQModifier"), tmp_path / "good")
 
 
+def test_layers_that_a_modifier_does_not_know(folder: Path, tmp_path: Path) -> None:
+    """The advice is about what the library could not find."""
+    mappings = [[["re:.*nope"], "re:.*input_layernorm"]]
+    claims = _claims(folder, INT4, {"SmoothQuantModifier": {"mappings": mappings}}, "GPTQModifier")
+    with pytest.raises(UserError, match="resolving mappings") as caught:
+        _run(folder, claims, tmp_path / "bad")
+    assert "`mappings`" in caught.value.fix
+
+
 def test_experts(tmp_path: Path) -> None:
     """Fused experts are taken apart by the library: checked against the checkpoint, every one calibrated."""
     config = Qwen3MoeConfig(
@@ -316,12 +325,31 @@ def test_experts(tmp_path: Path) -> None:
         assert float(walked.local(part.module)["input_global_scale"]) > 0.0
 
 
-def test_experts_that_it_cannot_take(tmp_path: Path) -> None:
-    """Llama 4's text model by itself: the library looks for the config of the whole."""
+def test_experts_of_a_text_model_alone(tmp_path: Path) -> None:
+    """Llama 4's, of which the library looks for the config of the whole."""
+    folder = tiny_llama4(tmp_path / "model", experts=2)
+    claims = _claims(folder, "nvfp4a16", "GPTQModifier")
+    walked = _run(folder, claims, tmp_path / "ours")
+    experts = [part for claim in claims for part in claim.role.parts if ".experts." in part.module]
+    assert len({part.expert for part in experts}) == 2
+    for part in experts:
+        error = walked.error(part.module)
+        assert 0.0 < error.squared_error < 0.1 * error.squared_norm
+
+
+def test_experts_that_it_cannot_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library stumbles over, and what to do."""
+    from llmcompressor.modeling.moe import linearize
+
+    def fail(model: PreTrainedModel) -> None:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(linearize, "linearize_moe", fail)
     folder = tiny_llama4(tmp_path / "model", experts=2)
     claims = _claims(folder, "nvfp4a16", "QuantizationModifier")
-    with pytest.raises(CheckpointError, match="cannot take the experts apart"):
+    with pytest.raises(CheckpointError, match="cannot take the experts apart: AttributeError") as caught:
         _run(folder, claims, tmp_path / "ours")
+    assert "use a solver of this tool" in caught.value.fix
 
 
 def test_starved_scale_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
