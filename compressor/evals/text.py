@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import TextResult
 from compressor.evals.head import LogitsAt, logits_at, plain_head
+from compressor.model.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ class _Window:
     agree: int
 
 
+@quiet()
 def compare_on_text(
     source_model: PreTrainedModel,
     result_model: PreTrainedModel,

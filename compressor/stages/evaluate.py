@@ -11,6 +11,7 @@ from compressor.checkpoint.base import Source
 from compressor.device import available_memory_bytes
 from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import EvalResult, EvalSpec
+from compressor.model.quiet import quiet
 from compressor.progress import Progress
 from compressor.stages.base import Claim
 from compressor.stages.simulated import simulate_activations
@@ -74,6 +75,7 @@ def check_tokens(source: Source, spec: EvalSpec, space: Workspace) -> None:
     tokens_from_text(source_tokenizer(source, space.partials), spec.text, spec.tokens)
 
 
+@quiet()
 def reload(checkpoint: Path, source: Source) -> LoadedCheckpoint:
     """The checkpoint as transformers loads it; one short forward pass must give finite logits."""
     import torch

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compressor.evals.head import logits_at, plain_head
+from compressor.model.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _CHUNK = 256
 
 
+@quiet()
 def prompt_logprobs(
     model: PreTrainedModel, windows: Sequence[Sequence[int]]
 ) -> tuple[tuple[float, ...], ...]:
@@ -35,6 +37,7 @@ def prompt_logprobs(
     return tuple(found)
 
 
+@quiet()
 def greedy_tokens(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[tuple[int, ...], ...]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from compressor.checkpoint.sources import open_source
 from compressor.errors import CheckpointError, UserError
 from compressor.evals import text as text_module
 from compressor.evals.head import plain_head
@@ -185,3 +186,34 @@ def test_a_folder_is_no_text(tokenizer: object, tmp_path: Path) -> None:
     """What cannot be opened is said with the system's reason."""
     with pytest.raises(UserError, match="the text cannot be read: Is a directory"):
         tokens_from_text(tokenizer, tmp_path, 100)
+
+
+def test_forward_passes_are_quiet(
+    pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What transformers has to say of slow kernels is no line of ours, in a run and in a verification."""
+    from transformers.utils import logging
+
+    from compressor.model import load
+    from compressor.stages.evaluate import reload
+    from compressor.verify.reference import greedy_tokens, prompt_logprobs
+
+    loaded = load.LoadedCheckpoint(pair[0], "transformers", None)
+    monkeypatch.setattr(load, "load_checkpoint_model", lambda *_, **__: loaded)
+    source = open_source(pair[0].name_or_path)
+    levels: list[int] = []
+    hook = pair[0].register_forward_pre_hook(lambda *_: levels.append(logging.get_verbosity()))
+    before = logging.get_verbosity()
+    try:
+        for work in (
+            lambda: compare_on_text(*pair, torch.arange(20), context=8, progress=Silent()),
+            lambda: prompt_logprobs(pair[0], [[1, 2, 3]]),
+            lambda: greedy_tokens(pair[0], [[1, 2, 3]], 2),
+            lambda: reload(Path("anywhere"), source),
+        ):
+            levels.clear()
+            work()
+            assert set(levels) == {logging.ERROR}
+            assert logging.get_verbosity() == before != logging.ERROR
+    finally:
+        hook.remove()
