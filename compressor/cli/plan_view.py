@@ -159,7 +159,8 @@ def _gb(size: float) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+    """Binary units, as memory is sold."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"
 
 
 def _count(number: int) -> str:

@@ -72,7 +72,14 @@ def check_tokens(source: Source, spec: EvalSpec, space: Workspace) -> None:
     """
     from compressor.evals.text import tokens_from_text
 
-    tokens_from_text(source_tokenizer(source, space.partials), spec.text, spec.tokens)
+    tokenizer = source_tokenizer(source, space.partials)
+    try:
+        tokens_from_text(tokenizer, spec.text, spec.tokens)
+    except UserError as error:
+        if error.where != str(spec.text):
+            raise
+        fix = "lower evaluate.tokens, or name another evaluate.text"
+        raise UserError(f"{spec.text_label}: {error.what}", where="evaluate.text", fix=fix) from error
 
 
 @quiet()

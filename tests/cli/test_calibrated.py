@@ -98,7 +98,7 @@ def test_faults_of_a_plan(
     ("file", "where", "what"),
     [
         ("broken.jsonl", "broken.jsonl:2", "write one JSON object a line"),
-        ("number.jsonl", "number.jsonl:1", "set the dataset's `field`"),
+        ("number.jsonl", "number.jsonl:1", "give it a text"),
         ("short.txt", "recipe.yaml:3", "lower num_samples"),
     ],
 )
@@ -164,3 +164,28 @@ def test_bars_name_the_block_in_a_narrow_terminal(columns: int) -> None:
         bars.advance(34, "model.layers.26")
         bars._bars.refresh()
     assert any("34%" in line and "model.layers.26" in line for line in file.getvalue().splitlines())
+
+
+def test_an_evaluation_text_that_is_too_short(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Far too short for any tokenizer: the plan says so. Else the run does; both name the key."""
+    recipe = _recipe(place, "{datasets: [{path: good.jsonl}], num_samples: 2}")
+    text = f"evaluate={{text: {json.dumps(str(place / 'short.txt'))}, tokens: TOKENS, context: 64}}"
+    assert _run(["plan", str(recipe), "--set", text.replace("TOKENS", "301")]) == EXIT_USER
+    said = capsys.readouterr().err
+    assert "short.txt has 150 bytes; 301 tokens of it are to be read" in said
+    assert "lower evaluate.tokens" in said
+    fewer = ["--set", text.replace("TOKENS", "300")]
+    assert _run(["plan", str(recipe), *fewer]) == EXIT_DONE
+    assert _run(["run", str(recipe), *fewer, "--output", str(tmp_path / "out"), "--quiet"]) == EXIT_USER
+    said = capsys.readouterr().err
+    assert "short.txt: the text has 150 tokens, fewer than the 300 asked for" in said
+    assert "--set evaluate" in said
+    assert "lower evaluate.tokens" in said
+
+
+def test_small_caches_in_small_units(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not 0.00 GiB: two layers of two heads of 16, keys and values in 16 bit, 512 tokens."""
+    print_plan(compressor.plan(_recipe(place, "{datasets: [{path: good.jsonl}], num_samples: 2}")))
+    assert "0.1 MiB at the full context of 512 tokens" in " ".join(capsys.readouterr().out.split())
