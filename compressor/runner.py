@@ -12,7 +12,7 @@ from typing import Any
 from compressor.budget.gates import check_gates
 from compressor.checkpoint.safetensors_writer import shard_names
 from compressor.errors import GateError, UserError
-from compressor.evals.base import EvalResult
+from compressor.evals.base import EvalResult, EvalSpec
 from compressor.export import (
     already_exported,
     describe,
@@ -172,8 +172,7 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     second = stage_key("assemble", ASSEMBLE_VERSION, {}, [first])
     streamed, checkpoint = space.artefact("stream", first), space.artefact("assemble", second)
     spec = plan.evaluation
-    measured = asdict(spec) | {"text": file_sha256(spec.text)} if spec else {}
-    third = stage_key("evaluate", EVALUATE_VERSION, measured, [second])
+    third = stage_key("evaluate", EVALUATE_VERSION, _measured(plan.evaluation), [second])
 
     def run_stream(folder: Path) -> Mapping[str, Any]:
         walked = None if found is None else WalkedTensors(found)
@@ -201,6 +200,16 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
 
     walked = [_Stage("walk", zeroth, run_walk)]
     return [*walked, *stages] if polish is None else [*walked, polish, *stages]
+
+
+def _measured(spec: EvalSpec | None) -> dict[str, Any]:
+    """What an evaluation's figures depend on: the text's content, not where it lies or how it was named."""
+    if spec is None:
+        return {}
+    facts = {
+        name: value for name, value in asdict(spec).items() if name not in ("text_label", "text_is_shipped")
+    }
+    return facts | {"text": file_sha256(spec.text)}
 
 
 def _oneshot(plan: Plan, progress: Progress) -> _Stage | None:

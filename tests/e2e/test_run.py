@@ -240,3 +240,17 @@ def test_16_bit_head_and_tied_embedding_are_ignored_by_name(tmp_path: Path) -> N
     config = json.loads((result.output / "config.json").read_text())
     assert config["quantization_config"]["ignore"] == ["lm_head"]
     assert config["quantization_config"]["config_groups"]["group_0"]["targets"] == ["Linear"]
+
+
+def test_exported_recipe_into_its_own_folder_does_nothing(
+    tmp_path: Path, source: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the text from another folder, which makes no other recipe and no other evaluation of it."""
+    shutil.copy(text, tmp_path / "text.txt")
+    (tmp_path / "recipes").mkdir()
+    rest = "evaluate: {text: ../text.txt, tokens: 128, context: 64}"
+    recipe = write_recipe(tmp_path / "recipes" / "recipe.yaml", source, "{scheme: int8}", rest)
+    first = compressor.run(recipe, output=tmp_path / "out" / "result")
+    assert "../../text.txt" in (first.output / "recipe.yaml").read_text()
+    again = compressor.run(first.output / "recipe.yaml", output=first.output)
+    assert again.report == first.report
