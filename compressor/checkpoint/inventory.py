@@ -54,7 +54,7 @@ def take_inventory(folder: Path) -> Inventory:
         CheckpointError: no checkpoint, or a file in it is broken.
     """
     if not folder.is_dir():
-        raise CheckpointError("no such folder", where=str(folder))
+        raise CheckpointError("no such folder", where=str(folder), fix="name a checkpoint's folder")
     config = load_config(_small_file(folder / "config.json"), str(folder / "config.json"))
     first = weight_files([path.name for path in folder.iterdir()], str(folder))
     shards = [first]

@@ -10,6 +10,9 @@ import click
 
 from compressor.cli.options import DEFAULT_WORKSPACE, log_json_option, quiet_option
 
+# However short the windows are, enough of them are scored for a verdict (compressor/verify/judge.py).
+LEAST_TOKENS = 256
+
 
 @click.command(name="verify")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -36,7 +39,7 @@ from compressor.cli.options import DEFAULT_WORKSPACE, log_json_option, quiet_opt
 )
 @click.option("--text", default="calibration/heldout.jsonl", show_default=True, help="Text to score.")
 @click.option(
-    "--tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of it; 200 at least."
+    "--tokens", type=click.IntRange(min=LEAST_TOKENS), default=512, show_default=True, help="Tokens of it."
 )
 @click.option("--server/--no-server", default=True, help="Start the OpenAI-compatible server and ask it too.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")

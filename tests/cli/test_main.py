@@ -81,7 +81,8 @@ def test_version() -> None:
         (("plan",), "RECIPE"),
         (("plan", "recipes/smollm2-nvfp4.yaml", "--set", "weights.scheme=nvfp5"), "nvfp5"),
         (("plan", "recipes/smollm2-nvfp4.yaml", "--set", "weights.ignore=['*.nope']"), "*.nope"),
-        (("inspect", "no-such-folder"), "no-such-folder"),
+        (("inspect", "no-such-folder"), "no-such-folder: no such folder\n  -> name a checkpoint's folder"),
+        (("verify", "no-such-folder", "--tokens", "255"), "--tokens"),
         (("report", "no-such-folder"), "no-such-folder"),
         (("eval", "no-such-folder", "--source", "x/y", "--text", "nope.txt"), "no-such-folder"),
     ],
@@ -119,3 +120,23 @@ def test_internal_error_leaves_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (log,) = tmp_path.rglob("error-*.log")
     assert "RuntimeError: boom" in log.read_text()
     assert log.is_relative_to(tmp_path / "out" / ".compress-workspace")
+
+
+@pytest.mark.parametrize("options", [(), ("--log-json",)], ids=["plain", "json"])
+def test_ctrl_c_while_modules_are_imported(options: tuple[str, ...]) -> None:
+    """Ends as it does later: exit 130 and one line, no traceback."""
+    code = (
+        "import runpy, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'click':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        f"sys.argv = {['compress', 'recipes', *options]!r}\n"
+        "runpy.run_module('compressor', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    (line,) = done.stderr.splitlines()
+    text = json.loads(line)["text"] if options else line
+    assert text == "interrupted: run the same command again"

@@ -10,9 +10,12 @@ import pytest
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.sources import open_source
+from compressor.cli.verify import LEAST_TOKENS as LEAST_ASKED_FOR
 from compressor.progress import Silent
-from compressor.verify.inputs import missing_room, plain_folder
+from compressor.verify.inputs import LEAST_POSITIONS, missing_room, plain_folder, tokens_of
+from compressor.verify.judge import LEAST_TOKENS
 from compressor.verify.run import _source_of_floor
+from tests.calibration.texts import byte_tokenizer
 from tests.checkpoint.tiny_gguf import tiny_gguf
 
 
@@ -86,3 +89,10 @@ def test_a_folder_is_loaded_where_it_lies(
     assert missing_room(source, tmp_path) == ""
     assert plain_folder(source, tmp_path) == dense
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("longest", [LEAST_POSITIONS, 512])
+def test_the_fewest_tokens_are_enough_for_a_verdict(tmp_path: Path, longest: int) -> None:
+    """In the shortest windows too, each of which begins with a token that is not scored."""
+    found = tokens_of(byte_tokenizer(tmp_path), "calibration/heldout.jsonl", LEAST_ASKED_FOR, longest)
+    assert found.scored >= LEAST_TOKENS
