@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compressor.checkpoint.layout import load_config
 from compressor.checkpoint.sources import open_source
 from compressor.data import find
 from compressor.errors import CheckpointError
@@ -51,7 +52,24 @@ def compare(
     from compressor.stages.simulated import simulate_activations
 
     spec = EvalSpec(text=found, text_label=text, tokens=tokens, context=context)
-    result = load_checkpoint_model(checkpoint, torch.float32, fused=fused_tensors(opened))
+    try:
+        result = load_checkpoint_model(checkpoint, torch.float32, fused=fused_tensors(opened))
+    except CheckpointError as error:
+        # Experts that were written one by one are put together by the source's names.
+        kind, wanted = _kind(checkpoint), opened.config.get("model_type")
+        if kind == wanted:
+            raise
+        raise CheckpointError(
+            f"the source is a {wanted}, the checkpoint a {kind}: {error.what}",
+            where=error.where,
+            fix="name the source that it was made from",
+        ) from error
     result = simulate_activations(result, checkpoint, opened)
     tokenizer = load_tokenizer(checkpoint)
     return evaluate_pair(load_source_model(opened, torch.float32), result, tokenizer, spec, progress)
+
+
+def _kind(checkpoint: Path) -> object:
+    """The folder's ``model_type``."""
+    file = checkpoint / "config.json"
+    return load_config(file.read_bytes(), str(file)).get("model_type")
