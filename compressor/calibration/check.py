@@ -70,7 +70,7 @@ def check_calibration(
         )
     held_out = file_sha256(evaluation_text) if evaluation_text is not None else None
     for index, (dataset, share) in enumerate(zip(spec.datasets, spec.shares, strict=True)):
-        where = f"calibration.datasets.{index}" if spec.mixture is None else str(spec.mixture)
+        where = spec.place(index)
         if dataset.sha256 is not None and dataset.sha256 == held_out:
             faults.append(
                 UserError(

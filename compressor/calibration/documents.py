@@ -18,6 +18,7 @@ Document = str | Messages
 # None: a conversation that is not all text, which is left out.
 Row = Document | None
 
+_ALONE = "give it a text, or messages with a `role` and a `content` each"
 # Rows of the Hub that are drawn from at a time: more is more even, but a row may be a book of megabytes, and
 # all of them are in memory and downloaded first.
 _SHUFFLE_ROWS = 256
@@ -92,10 +93,11 @@ def _document(record: object, field: str | None, where: str) -> Row:
         value = [{"role": message["role"], "content": message["content"]} for message in value]
         texts = [message["content"] for message in value]
     if not all(isinstance(text, str) and _is_unicode(text) for text in texts):
+        others = ", ".join(str(name) for name in record if name != field)[:200]
         raise UserError(
             f"the field {field!r} holds no text and no list of messages {{role, content}}",
             where=where,
-            fix=f"set the dataset's `field`; there are {', '.join(map(str, record))[:200] or 'none'}",
+            fix=f"set the dataset's `field`; there are {others}" if others else _ALONE,
         )
     return value
 

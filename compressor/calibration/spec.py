@@ -97,6 +97,10 @@ class CalibrationSpec:
         total = sum(dataset.weight for dataset in self.datasets)
         return [dataset.weight / total for dataset in self.datasets]
 
+    def place(self, index: int) -> str:
+        """Where a dataset was named: a key of the recipe, or the mixture's file."""
+        return f"calibration.datasets.{index}" if self.mixture is None else str(self.mixture)
+
     def order(self) -> list[int]:
         """The dataset of each row: after any number of rows each has its share, to within a row or so.
 

@@ -69,7 +69,7 @@ def load_tokens(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, progr
     progress.start("calibration texts", spec.tokens, "tokens")
     for index, dataset in enumerate(spec.datasets):
         count = order.count(index)
-        made, heard = _rows(dataset, count, spec, tokenizer, lead)
+        made, heard = _rows(index, count, spec, tokenizer, lead)
         if count == 0:
             heard.append(f"calibration: {dataset.name} gets none of the {spec.num_samples} samples")
         rows.append(iter(made))
@@ -85,7 +85,7 @@ def load_tokens(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, progr
 
 
 def _rows(
-    dataset: DatasetSpec,
+    index: int,
     count: int,
     spec: CalibrationSpec,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,6 +94,13 @@ def _rows(
     """``count`` rows of one dataset, and warnings."""
     if count == 0:
         return [], []
+    dataset, where = spec.datasets[index], spec.place(index)
+    if dataset.template == "chat" and tokenizer.chat_template is None:
+        raise UserError(
+            f"{dataset.name} is to pass through the chat template, and the source's tokenizer has none",
+            where=where,
+            fix="leave `template` out, or set it to plain",
+        )
     # Of the content, not of the name: the rows may not depend on where a file lies.
     random = Random(f"{spec.seed} {json.dumps(dataset.content, sort_keys=True)}")
     step = spec.sequence_length - len(lead)
@@ -105,7 +112,7 @@ def _rows(
     while len(ids) < count * step:
         batch = list(islice(stretches, _BATCH))
         if not batch:
-            raise _too_little(dataset, len(ids), count * step, seen, renderer.warnings)
+            raise _too_little(dataset, where, len(ids), count * step, seen, renderer.warnings)
         seen += len(batch)
         for tokens in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             ids += _document_ids(tokens, lead, tokenizer.eos_token_id)
@@ -114,18 +121,18 @@ def _rows(
 
 
 def _too_little(
-    dataset: DatasetSpec, found: int, wanted: int, stretches: int, warnings: list[str]
+    dataset: DatasetSpec, where: str, found: int, wanted: int, stretches: int, warnings: list[str]
 ) -> UserError:
     if stretches and not found:
         return UserError(
             f"the tokenizer makes no tokens of the texts of {dataset.name}",
-            where="calibration",
+            where=where,
             fix="look at the normalizer and the pre-tokenizer in the source's tokenizer.json",
         )
     heard = "".join(f" ({warning.removeprefix('calibration: ')})" for warning in warnings)
     return UserError(
         f"{dataset.name} holds {found} tokens; its share of the calibration is {wanted}{heard}",
-        where="calibration",
+        where=where,
         fix="lower num_samples or sequence_length, give it a smaller weight, or name more text",
     )
 

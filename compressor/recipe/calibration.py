@@ -57,8 +57,8 @@ class DatasetSection(Section):
     template: Template | None = Field(
         default=None,
         exclude_if=is_none,
-        description="`chat`: documents pass through the tokenizer's chat template, texts as what the user "
-        "says. `plain`: they do not. By default conversations are chat and texts plain.",
+        description="`chat`: documents pass through the tokenizer's chat template, which it must have; texts "
+        "are what the user says. `plain`: they do not. By default conversations are chat and texts plain.",
     )
 
     @model_validator(mode="after")

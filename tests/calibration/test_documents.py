@@ -91,6 +91,18 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     assert caught.value.where == f"{path}:3"
 
 
+def test_advice_names_other_fields_only(tmp_path: Path) -> None:
+    """The field just refused is no advice; without others, what the line must hold is."""
+    bad = {"messages": [{"role": "user"}]}
+    for row, fix in (
+        (bad, "give it a text, or messages with a `role` and a `content` each"),
+        (bad | {"body": "a"}, "set the dataset's `field`; there are body"),
+    ):
+        with pytest.raises(UserError, match="'messages' holds no text") as caught:
+            _read(dataset(tmp_path / "t.jsonl", [row]))
+        assert caught.value.fix == fix
+
+
 HUB = DatasetSpec(name="a/b", hub="a/b", revision="0" * 40, split="train", subset="en", field="body")
 
 

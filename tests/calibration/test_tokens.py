@@ -6,6 +6,7 @@ Legend: N rows, T tokens of a row.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -261,3 +262,28 @@ def test_too_little_text_is_an_error_with_the_count(
     load_tokens(CalibrationSpec((given,), 3, 21), tokenizer, Silent())
     with pytest.raises(UserError, match=r"t\.jsonl holds 63 tokens; its share of the calibration is 66"):
         load_tokens(CalibrationSpec((given,), 3, 22), tokenizer, Silent())
+
+
+def test_a_template_that_is_not_there_is_refused_where_asked_for(tmp_path: Path) -> None:
+    """At the dataset that asks for it; the default falls back, as above."""
+    tokenizer = byte_tokenizer(tmp_path / "tokenizer")
+    tokenizer.chat_template = None
+    plain = dataset(tmp_path / "p.jsonl", ["abc"] * 90)
+    chat = dataset(tmp_path / "c.jsonl", ["abc"] * 90, template="chat")
+    with pytest.raises(UserError, match=r"c\.jsonl is to pass through the chat template") as caught:
+        load_tokens(CalibrationSpec((plain, chat), 4, 20), tokenizer, Silent())
+    assert caught.value.where == "calibration.datasets.1"
+    load_tokens(CalibrationSpec((plain, replace(chat, template="plain")), 4, 20), tokenizer, Silent())
+
+
+def test_too_little_text_is_blamed_on_its_dataset(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """By its key, or by the file of the mixture."""
+    given = (dataset(tmp_path / "a.jsonl", [words("a", 90)]), dataset(tmp_path / "b.jsonl", ["b"]))
+    spec = CalibrationSpec(given, 4, 20)
+    for tried, where in (
+        (spec, "calibration.datasets.1"),
+        (replace(spec, mixture=tmp_path / "m.yaml"), str(tmp_path / "m.yaml")),
+    ):
+        with pytest.raises(UserError, match=r"b\.jsonl holds 2 tokens") as caught:
+            load_tokens(tried, tokenizer, Silent())
+        assert caught.value.where == where
