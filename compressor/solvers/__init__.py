@@ -103,6 +103,7 @@ _SOLVERS = _Solvers(
         "awq": "goes by another name here: smooth+gptq",
         "smoothquant": "goes by another name here: smooth",
         "autoround": "goes by another name here: learned",
+        "polish": "is none but a stage after the solver: set weights.polish to {}",
     },
 )
 

@@ -49,6 +49,7 @@ def test_joined_names(spelling: str, same: dict[str, Any], label: str) -> None:
         ("+", "is missing beside"),
         ({"kind": "+gptq"}, "is missing beside"),
         ("autoround", "learned"),
+        ("gptq+polish", "stage after the solver: set weights.polish"),
         ({"kind": "gptq+learned", "steps": 3}, "the one inside the other"),
         (
             {"kind": "smooth+gptq", "search": "full"},
