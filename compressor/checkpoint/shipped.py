@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,16 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 TENSORS_NAME = "tensors.json"
+# ``experts.{0-255}.``: a row for every number, so that a file with hundreds of experts a layer stays small.
+_RANGE = re.compile(r"\{0-(\d{1,5})\}")
+# The largest published checkpoints have a tenth of it.
+_MAX_TENSORS = 1_000_000
 
 
 class ShippedHeaders:
     """``config.json`` and ``tensors.json`` (``{"source": ..., "tensors": [[name, dtype, shape], ...]}``).
+
+    A name with ``{0-N}`` in it stands for N + 1 tensors, with each number in its place.
 
     Args:
         folder: where the two files are.
@@ -46,10 +53,13 @@ class ShippedHeaders:
         for row in rows:
             if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str):
                 raise CheckpointError(f"not [name, dtype, shape]: {str(row)[:80]}", where=where)
-            header = checked_header(row[0], row[1], row[2], where)
-            if header.name in headers:
-                raise CheckpointError(f"tensor {header.name} is listed twice", where=where)
-            headers[header.name] = header
+            for name in _names(row[0]):
+                header = checked_header(name, row[1], row[2], where)
+                if header.name in headers:
+                    raise CheckpointError(f"tensor {header.name} is listed twice", where=where)
+                headers[header.name] = header
+                if len(headers) > _MAX_TENSORS:
+                    raise CheckpointError(f"lists more than {_MAX_TENSORS:,} tensors", where=where)
         self.label: str = listing["source"]
         self.license: str | None = None
         self.note = "planned from shipped headers" + (f" ({reason})" if reason else "")
@@ -71,6 +81,16 @@ class ShippedHeaders:
     def gguf_file(self) -> str | None:
         """None: there is no file."""
         return None
+
+
+def _names(written: str) -> Iterator[str]:
+    """The names that a row stands for."""
+    found = _RANGE.search(written)
+    if found is None:
+        yield written
+        return
+    for number in range(int(found[1]) + 1):
+        yield f"{written[: found.start()]}{number}{written[found.end() :]}"
 
 
 def _contents(path: Path) -> bytes:

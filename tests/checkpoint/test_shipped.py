@@ -39,6 +39,13 @@ def test_plans_and_does_not_read(tmp_path: Path) -> None:
         source.write_side_files(tmp_path)
 
 
+def test_a_range_stands_for_each_of_its_tensors(tmp_path: Path) -> None:
+    """``{0-N}`` is N + 1 names, in order, of one dtype and shape."""
+    source = ShippedHeaders(write(tmp_path, [["experts.{0-11}.w", "BF16", [4, 2]], *ROWS]))
+    assert list(source.headers) == [*(f"experts.{n}.w" for n in range(12)), *(row[0] for row in ROWS)]
+    assert source.headers["experts.11.w"] == TensorHeader("experts.11.w", "BF16", (4, 2))
+
+
 @pytest.mark.parametrize(
     "tensors, message",
     [
@@ -48,6 +55,8 @@ def test_plans_and_does_not_read(tmp_path: Path) -> None:
         ([["a", "BF16", [-1]]], "impossible shape"),
         ([["a", "BF16", [2**40, 2**40]]], "impossible shape"),
         ([["a", "BF16", [1]]] * 2, "listed twice"),
+        ([["a{0-1}", "BF16", [1]], ["a1", "BF16", [1]]], "tensor a1 is listed twice"),
+        ([[f"{c}{{0-99999}}", "BF16", [1]] for c in "abcdefghijk"], "more than 1,000,000 tensors"),
     ],
 )
 def test_refuses(tmp_path: Path, tensors: Any, message: str) -> None:

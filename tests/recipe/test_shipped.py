@@ -19,7 +19,12 @@ from compressor.schemes import known_schemes, parse_scheme
 from tests.recipe.conftest import SMALL, Write
 
 NAMES = [
+    "jamba-fp8",
     "llama-70b-nvfp4",
+    "maverick-nvfp4",
+    "qwen3-moe-int4",
+    "qwen3-next-nvfp4",
+    "scout-int4",
     "scout-nvfp4",
     "smollm2-fp8",
     "smollm2-int4",
