@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
-Unit = Literal["bytes", "tokens", "items"]
+# ``work``: shares of a whole whose rate says nothing to a person; the time left does.
+Unit = Literal["bytes", "tokens", "items", "work"]
 
 
 class Progress(Protocol):

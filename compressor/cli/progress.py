@@ -38,10 +38,20 @@ class _Memory(ProgressColumn):
 
 
 def rate_text(per_second: float, unit: Unit) -> str:
-    """``0.53 GB/s``, ``812 tokens/s``."""
+    """``0.53 GB/s``, ``812 tokens/s``; nothing of shares of work."""
+    if unit == "work":
+        return ""
     if unit == "bytes":
         return f"{per_second / 1e9:.2f} GB/s" if per_second >= 1e9 else f"{per_second / 1e6:.0f} MB/s"
     return f"{per_second:,.0f} {unit}/s"
+
+
+def left_text(seconds: float) -> str:
+    """``1:05 left``; with hours ``2:03:00 left``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{clock} left"
 
 
 class Bars:
@@ -103,13 +113,14 @@ class Lines:
     def __init__(self, stream: IO[str], *, as_json: bool) -> None:
         self._stream = stream
         self._json = as_json
-        self._name, self._total, self._done = "", 0, 0
+        self._name, self._total, self._found, self._done = "", 0, 0, 0
         self._unit: Unit = "items"
         self._started = self._said = 0.0
 
     def start(self, stage: str, total: int, unit: Unit, done: int = 0) -> None:
         """Says that the stage begins."""
-        self._name, self._total, self._done, self._unit = stage, total, done, unit
+        self._name, self._total, self._found, self._unit = stage, total, done, unit
+        self._done = done
         self._started = self._said = time.monotonic()
         self._put("start", f"{stage}: started", total=total, done=done, unit=unit)
 
@@ -120,9 +131,13 @@ class Lines:
         if now - self._said < _PLAIN_EVERY_S:
             return
         self._said = now
-        rate = rate_text(self._done / (now - self._started), self._unit)
-        share = 100 * self._done / max(1, self._total)
-        self._put("progress", f"{self._name}: {share:.0f}% {rate} {note}", done=self._done, total=self._total)
+        # What was found finished took no time now.
+        per_second = (self._done - self._found) / (now - self._started)
+        left = left_text((self._total - self._done) / per_second) if per_second > 0 else ""
+        share = f"{100 * self._done / max(1, self._total):.0f}%"
+        said = [share, rate_text(per_second, self._unit), left, note]
+        text = f"{self._name}: {' '.join(filter(None, said))}"
+        self._put("progress", text, done=self._done, total=self._total)
 
     def finish(self, resumed: bool = False) -> None:
         """Says that the stage is done."""

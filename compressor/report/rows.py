@@ -28,7 +28,7 @@ ADDED_ERRORS = (
     "quantized layers before hand on), over the output's squared norm. What those real numbers are off the "
     "source's layer is not in it, so errors do not add up to the model's. They are measured on these very "
     "tokens, to which the values were fitted, not on held-out text; tokens of outlying inputs are weighted "
-    "down. Means count every matrix alike."
+    "down. Means count alike every matrix that any of the tokens reached."
 )
 _WORST_OUTPUTS = 5
 
@@ -304,11 +304,14 @@ def _mean_errors(matrices: Sequence[CalibratedMatrix]) -> tuple[str, str, str, s
         for matrix in matrices
         if matrix.rtn_output_error is not None and matrix.output_error is not None
     ]
+    count = f"{len(matrices):,}"
     if not pairs:
-        return f"{len(matrices):,}", "-", "-", "-"
+        return count, "-", "-", "-"
+    if len(pairs) < len(matrices):
+        count = f"{len(pairs):,} of {count}"
     rtn, stored = (sum(errors) / len(pairs) for errors in zip(*pairs, strict=True))
     change = percent(stored / rtn - 1, signed=True) if rtn and stored != rtn else "-"
-    return f"{len(matrices):,}", number(rtn, 5), number(stored, 5), change
+    return count, number(rtn, 5), number(stored, 5), change
 
 
 def worst_output_rows(facts: CalibrationFacts) -> list[tuple[str, str, str, str]]:

@@ -141,7 +141,7 @@ def oneshot(
 
     solver = _solver(claims)
     total = sum(claim.tensor.nbytes for claim in claims if claim.scheme is not None)
-    progress.start("oneshot", total, "bytes")
+    progress.start("oneshot", total, "work")
     progress.log(
         "llm-compressor works on the whole model at once: an interrupted run starts this stage again"
     )

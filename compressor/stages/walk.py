@@ -141,7 +141,7 @@ def walk(
         done = [is_whole(folder, layer_name(index)) for index in range(len(by_block))]
         sizes = [sum(claim.tensor.nbytes for claim in members) for members in by_block]
         already = sum(size for size, finished in zip(sizes, done, strict=True) if finished)
-        progress.start("walk", sum(sizes), "bytes", done=already)
+        progress.start("walk", sum(sizes), "work", done=already)
         if not all(done):
             first = streams.begin(len(batches), done.index(False))
             _forget_broken(folder, done)

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 import compressor
+from compressor.cli import progress as shown
 from compressor.cli.main import _run
 from compressor.cli.plan_view import print_plan
-from compressor.cli.progress import Bars
+from compressor.cli.progress import Bars, Lines, left_text
 from compressor.errors import EXIT_DONE, EXIT_USER
 from compressor.report.terminal import print_report, report_console
 from tests.report.sample import sample_report
@@ -164,6 +165,19 @@ def test_bars_name_the_block_in_a_narrow_terminal(columns: int) -> None:
         bars.advance(34, "model.layers.26")
         bars._bars.refresh()
     assert any("34%" in line and "model.layers.26" in line for line in file.getvalue().splitlines())
+
+
+def test_lines_tell_the_time_left_and_no_rate_of_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier run had finished counts as done, not as speed: 20 of 80 more in 20 s leave a minute."""
+    clock = iter((100.0, 120.0, 120.0))
+    monkeypatch.setattr(shown.time, "monotonic", lambda: next(clock))
+    file = io.StringIO()
+    lines = Lines(file, as_json=False)
+    lines.start("walk", 1000, "work", done=200)
+    lines.advance(200, "model.layers.3")
+    lines.finish()
+    assert file.getvalue().splitlines()[1] == "walk: 40% 1:00 left model.layers.3"
+    assert left_text(7384.4) == "2:03:04 left"
 
 
 def test_an_evaluation_text_that_is_too_short(
