@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressor.checkpoint.layout import load_config
-from compressor.checkpoint.sources import open_source
+from compressor.checkpoint.sources import From, open_source
 from compressor.data import find
 from compressor.errors import CheckpointError
 from compressor.evals.base import EvalResult, EvalSpec
@@ -18,6 +18,7 @@ def compare(
     text: str,
     *,
     revision: str | None,
+    from_: From | None = None,
     tokens: int | None,
     context: int,
     cache: Path,
@@ -30,6 +31,7 @@ def compare(
         source: as in a recipe's ``model.source``.
         text: plain UTF-8 text, or JSON lines with a field ``text``; shipped texts are found too.
         revision: of a Hub source.
+        from_: as in a recipe's ``model.from``, where the source itself is quantized.
         tokens: how many of its tokens are read, or None for all.
         context: tokens of one window.
         cache: folder that a Hub source is downloaded to.
@@ -43,7 +45,7 @@ def compare(
             "no checkpoint: there is no config.json", where=str(checkpoint), fix="name a folder"
         )
     found = find(text, what="evaluation text")
-    opened = open_source(source, revision=revision, cache=cache)
+    opened = open_source(source, revision=revision, cache=cache, from_=from_)
     import torch
 
     from compressor.evals.run import evaluate_pair

@@ -162,13 +162,15 @@ def _eval_command(plan: Plan, evaluation: Mapping[str, Any], output: Path) -> st
     """What measures perplexity, KL and agreement again, from the present folder."""
     spec, source = plan.evaluation, plan.source
     assert spec is not None
-    named = plan.loaded.recipe.model.source
+    said = plan.loaded.recipe.model
+    named = said.source
     local = source.model_dir() if source.revision is None and not named.startswith("pkg:") else None
     if local is not None:
         named = _shown(local / (source.gguf_file() or ""))
     words = [
         *("compress", "eval", _shown(output), "--source", named),
         *(("--revision", source.revision) if source.revision else ()),
+        *(("--from", said.from_) if said.from_ else ()),
         *("--text", spec.text_label if spec.text_is_shipped else _shown(spec.text)),
         *("--tokens", str(evaluation["tokens"]), "--context", str(evaluation["context"])),
     ]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 
-Kind = Literal["safetensors", "gguf", "headers"]
+Kind = Literal["safetensors", "gguf", "headers", "dequantized"]
 
 
 class Source(Protocol):
@@ -20,7 +20,8 @@ class Source(Protocol):
 
     Attributes:
         label: how the plan and the card name it (path, Hub id@revision, file).
-        kind: ``safetensors`` (folder or Hub), ``gguf``, or ``headers`` (plan only: ``read`` raises).
+        kind: ``safetensors`` (folder or Hub), ``gguf``, ``dequantized`` (folder or Hub, the weights stored
+            quantized and read as BF16), or ``headers`` (plan only: ``read`` raises).
         note: a sentence for plan and card when the source needs one ("dequantized from GGUF Q4_1"), or "".
         revision: the Hub commit, or None.
         license: the licence identifier that the source states ("apache-2.0"), or None.
@@ -62,7 +63,8 @@ class Source(Protocol):
     def model_dir(self) -> Path | None:
         """A local folder that ``transformers`` can load the source from, or None where there is none.
 
-        For GGUF the folder holds the file and ``gguf_file()`` names it.
+        Of a ``dequantized`` source it can load the tokenizer there, and not the weights. For GGUF the folder
+        holds the file and ``gguf_file()`` names it.
         """
         ...
 

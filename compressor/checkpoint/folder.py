@@ -21,6 +21,7 @@ from compressor.checkpoint.layout import (
     parse_index,
     weight_files,
 )
+from compressor.checkpoint.modelopt import CONFIG_NAME, with_description
 from compressor.checkpoint.safetensors_file import AGAIN, FileHeader, read_header, read_tensor
 from compressor.checkpoint.safetensors_writer import INDEX_NAME
 from compressor.errors import CheckpointError
@@ -39,6 +40,11 @@ class FolderSource:
 
     Attributes as ``Source`` describes them.
 
+    Args:
+        folder: where it lies.
+        label: how plan and card name it.
+        quantized: whether the weights may be quantized; they are read as they lie, and ``config`` says how.
+
     Raises:
         CheckpointError: whatever makes the folder incomplete, unsafe or unsupported; see ``layout``.
     """
@@ -47,7 +53,7 @@ class FolderSource:
     note = ""
     revision: str | None = None
 
-    def __init__(self, folder: Path, label: str | None = None) -> None:
+    def __init__(self, folder: Path, label: str | None = None, *, quantized: bool = False) -> None:
         self._folder = folder.resolve()
         self.label = label or str(folder)
         if not self._folder.is_dir():
@@ -56,7 +62,11 @@ class FolderSource:
         if "config.json" not in names:
             weight_files(names, str(folder))
             raise CheckpointError("config.json is missing", where=str(folder))
-        self.config: dict[str, Any] = parse_config(self._small_file("config.json"), self.label)
+        self.config: dict[str, Any] = parse_config(
+            self._small_file("config.json"), self.label, quantized=quantized
+        )
+        if quantized and CONFIG_NAME in names:
+            self.config = with_description(self.config, self._small_file(CONFIG_NAME), self.label)
         self.license = card_license(self._small_file("README.md")) if "README.md" in names else None
         lead = weight_files(names, self.label)
         weight_map = parse_index(self._small_file(lead), self.label) if lead == INDEX_NAME else {}
@@ -64,7 +74,7 @@ class FolderSource:
         # Taken before anything is read, so that a later change is noticed whenever it happens.
         self._stamps = {shard: file_stamp(self._inside(shard)) for shard in shards}
         files = {shard: read_header(self._inside(shard)) for shard in shards}
-        headers, self._homes = merge_headers(files, weight_map, self.label)
+        headers, self._homes = merge_headers(files, weight_map, self.label, quantized=quantized)
         self.headers: Mapping[str, TensorHeader] = headers
         self._offsets = {name: offset for file in files.values() for name, offset in file.offsets.items()}
         self._side_files = self._find_side_files(names)

@@ -23,6 +23,7 @@ from compressor.checkpoint.layout import (
     parse_index,
     weight_files,
 )
+from compressor.checkpoint.modelopt import CONFIG_NAME, with_description
 from compressor.checkpoint.safetensors_file import (
     AGAIN,
     FileHeader,
@@ -64,6 +65,7 @@ class HubSource:
         repo: ``org/name``.
         revision: branch, tag or commit; None is the default branch. The commit found is pinned.
         cache: where files are downloaded to when they are read; None for planning, where none are.
+        quantized: whether the weights may be quantized; they are read as they lie, and ``config`` says how.
 
     Raises:
         HubUnavailable: no connection, or the repository is gated.
@@ -73,14 +75,20 @@ class HubSource:
     kind: Kind = "safetensors"
     note = ""
 
-    def __init__(self, repo: str, revision: str | None = None, cache: Path | None = None) -> None:
+    def __init__(
+        self, repo: str, revision: str | None = None, cache: Path | None = None, *, quantized: bool = False
+    ) -> None:
         self._repo, self._cache = repo, cache
         self._commit, self._sizes, self._sha256, self.license = _pinned(repo, revision)
         self.revision: str | None = self._commit
         self.label = f"{repo}@{self._commit}"
         if "config.json" not in self._sizes:
             raise CheckpointError("config.json is missing", where=self.label)
-        self.config: dict[str, Any] = parse_config(self._small_file("config.json"), self.label)
+        self.config: dict[str, Any] = parse_config(
+            self._small_file("config.json"), self.label, quantized=quantized
+        )
+        if quantized and CONFIG_NAME in self._sizes:
+            self.config = with_description(self.config, self._small_file(CONFIG_NAME), self.label)
         lead = weight_files(self._sizes, self.label)
         weight_map = parse_index(self._small_file(lead), self.label) if lead == INDEX_NAME else {}
         shards = sorted(set(weight_map.values())) or [lead]
@@ -89,7 +97,7 @@ class HubSource:
                 raise CheckpointError(f"{INDEX_NAME} names {shard}: it is missing", where=self.label)
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             self._files = dict(zip(shards, pool.map(self._remote_header, shards), strict=True))
-        headers, self._homes = merge_headers(self._files, weight_map, self.label)
+        headers, self._homes = merge_headers(self._files, weight_map, self.label, quantized=quantized)
         self.headers: Mapping[str, TensorHeader] = headers
         self._local: dict[str, Path] = {}
         sizes = {shard: (self._sizes[shard],) for shard in shards}

@@ -5,6 +5,7 @@ Pure functions over file names and bytes: nothing here opens a file, and nothing
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -38,8 +39,9 @@ _TEMPORARY = "*.tmp-*"
 # Beyond these a config.json is not a model's: floats hold such integers exactly, and nothing nests deeper.
 MAX_INTEGER = 2**53
 MAX_DEPTH = 32
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # Not "I32" and wider: buffers such as position ids have those types in unquantized checkpoints.
-_PACKED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "I8"})
+PACKED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "I8"})
 
 
 def is_side_file(name: str) -> bool:
@@ -86,21 +88,44 @@ def weight_files(names: Collection[str], where: str) -> str:
     raise CheckpointError("no safetensors weights", where=where)
 
 
-def parse_config(raw: bytes, where: str) -> dict[str, Any]:
+def parse_config(raw: bytes, where: str, *, quantized: bool = False) -> dict[str, Any]:
     """The contents of the ``config.json`` of a source.
 
     Raises:
-        CheckpointError: what ``load_config`` refuses, or it says that the weights are already quantized.
+        CheckpointError: what ``load_config`` refuses, or, unless they may be ``quantized``, it says that the
+            weights are.
     """
     config = load_config(raw, where)
-    text_config = config.get("text_config")
-    for part in (config, text_config if isinstance(text_config, dict) else {}):
-        found = part.get("quantization_config") or part.get("compression_config")
-        if found:
-            method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
-            named = _shown(method).strip("'")
-            raise _already_quantized(f"config.json has a quantization_config ({named})", where)
+    found = stated_quantization(config)
+    if found and not quantized:
+        method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
+        named = _shown(method).strip("'")
+        raise _already_quantized(f"config.json has a quantization_config ({named})", where)
     return config
+
+
+def stated_quantization(config: Mapping[str, Any]) -> object:
+    """What a config.json says of how the weights are quantized, unchecked; None where it says nothing."""
+    for part in _quantization_holders(config):
+        for key in _QUANTIZATION_KEYS:
+            if part.get(key):
+                return part[key]
+    return None
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the same model in 16 bit."""
+    plain = copy.deepcopy(dict(config))
+    for part in _quantization_holders(plain):
+        for key in _QUANTIZATION_KEYS:
+            part.pop(key, None)
+    return plain
+
+
+def _quantization_holders(config: Mapping[str, Any]) -> list[Any]:
+    """The parts of a config that a quantization is stated in."""
+    text_config = config.get("text_config")
+    return [config, *([text_config] if isinstance(text_config, dict) else [])]
 
 
 def load_config(raw: bytes, where: str) -> dict[str, Any]:
@@ -189,7 +214,7 @@ def merge_headers(
         shards: shard name -> its checked header.
         weight_map: the index; empty for a single file.
         where: the checkpoint, for messages.
-        quantized: whether packed dtypes may be among them; sources must have none.
+        quantized: whether packed dtypes may be among them; sources that are read as they lie must have none.
 
     Raises:
         CheckpointError: a tensor lies in two shards or not where the index says, or is already quantized.
@@ -200,7 +225,7 @@ def merge_headers(
         for name, header in file.headers.items():
             if name in headers:
                 raise CheckpointError(f"tensor {name} lies in both {homes[name]} and {shard}", where=where)
-            if header.dtype in _PACKED_DTYPES and not quantized:
+            if header.dtype in PACKED_DTYPES and not quantized:
                 raise _already_quantized(f"tensor {name} is {header.dtype}", where)
             headers[name] = header
             homes[name] = shard
@@ -239,6 +264,6 @@ def _already_quantized(evidence: str, where: str) -> CheckpointError:
     return CheckpointError(
         f"already quantized: {evidence}",
         where=where,
-        fix="use the 16-bit original. GGUF sources are dequantized; quantized safetensors sources are not "
-        "available in this version",
+        fix="use the 16-bit original, or read it as bfloat16: `model.from: dequantize` in the recipe, "
+        "`--from dequantize` on the command line. GGUF sources are dequantized without being asked",
     )

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compressor.checkpoint.layout import load_config, stated_quantization
 from compressor.errors import CheckpointError
 from compressor.spec import TensorHeader
 
@@ -172,6 +173,20 @@ def _scale_shape(algorithm: Algorithm, shape: tuple[int, ...]) -> tuple[int, ...
         rows, columns = shape
         return rows, 1, columns, 1
     return () if algorithm.preset == "FP8" else (shape[0],)
+
+
+def with_description(config: Mapping[str, Any], raw: bytes, where: str) -> dict[str, Any]:
+    """A config.json with what hf_quant_config.json (``raw``) says, unless it describes a quantization itself.
+
+    Raises:
+        CheckpointError: that file is not JSON, or not laid out as ModelOpt's.
+    """
+    if stated_quantization(config):
+        return dict(config)
+    found = load_config(raw, f"{where}/{CONFIG_NAME}").get("quantization")
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{CONFIG_NAME} is not laid out as ModelOpt's", where=where)
+    return {**config, "quantization_config": {**found, "quant_method": "modelopt"}}
 
 
 class Description:

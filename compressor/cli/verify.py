@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from compressor.cli.options import DEFAULT_WORKSPACE, log_json_option, quiet_option
+from compressor.cli.options import DEFAULT_WORKSPACE, from_option, log_json_option, quiet_option
 
 # However short the windows are, enough of them are scored for a verdict (compressor/verify/judge.py).
 LEAST_TOKENS = 256
@@ -18,6 +18,7 @@ LEAST_TOKENS = 256
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--source", help="What it was made from.  [default: the local source that its recipe names]")
 @click.option("--revision", help="Commit, tag or branch of a Hub source.")
+@from_option
 @click.option(
     "--engine",
     type=click.Choice(["auto", "vllm", "none"]),
@@ -49,6 +50,7 @@ def command(
     checkpoint: Path,
     source: str | None,
     revision: str | None,
+    from_: Literal["dequantize"] | None,
     engine: Literal["auto", "vllm", "none"],
     engine_python: Path | None,
     dtype: Literal["auto", "float32", "float16", "bfloat16"],
@@ -68,6 +70,10 @@ def command(
     """
     if revision is not None and source is None:
         raise click.UsageError("--revision is of a Hub source: name that with --source")
+    if from_ is not None and source is None:
+        raise click.UsageError(
+            "--from goes with --source: without it, the recipe says how its source is read"
+        )
     from compressor.cli.progress import reporter
     from compressor.errors import EXIT_GATE
     from compressor.report.terminal import print_verification, report_console
@@ -79,6 +85,7 @@ def command(
         cache=DEFAULT_WORKSPACE.absolute() / "hub",
         source=source,
         revision=revision,
+        from_=from_,
         engine=engine,
         engine_python=engine_python,
         dtype=dtype,

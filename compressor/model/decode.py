@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -28,27 +28,46 @@ FusedTensor = tuple[str, Sequence[LinearPart]]
 
 # Every quantized module has a tensor of this name, in both dialects and all formats.
 MARKER = ".weight_scale"
+# Formats that older configs state once for all groups.
+_OF_ALL_GROUPS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "nvfp4-pack-quantized",
+)
 
 
-class StoredWeights:
-    """A quantized folder, read tensor by tensor; opening it reads its configs and headers.
+class QuantizedWeights:
+    """The quantized modules of a checkpoint, decoded one by one.
 
     Attributes:
         dialect: whose layout it is.
         modules: the quantized modules, sorted.
         names: every tensor's name.
 
+    Args:
+        description: ``quantization_config``.
+        method: its ``quant_method``.
+        names: every tensor's name.
+        read: gives a tensor by its name, as it lies; raises CheckpointError.
+        where: the checkpoint, for messages.
+
     Raises:
-        CheckpointError: neither config.json nor hf_quant_config.json describes a quantization that is read
-            here, or a file is broken.
+        CheckpointError: another method, or experts quantized in one tensor.
     """
 
     dialect: Literal["compressed-tensors", "modelopt"]
 
-    def __init__(self, folder: Path) -> None:
-        self._where = str(folder)
-        self._tensors = StoredTensors(folder)
-        method, self._config = self._described()
+    def __init__(
+        self,
+        description: Mapping[str, Any],
+        method: str,
+        names: Iterable[str],
+        read: Callable[[str], torch.Tensor],
+        where: str,
+    ) -> None:
+        self._config, self._read, self._where = description, read, where
         if method == "compressed-tensors":
             self.dialect = "compressed-tensors"
         elif method.startswith("modelopt"):  # engines tell its variants apart by what follows
@@ -58,7 +77,7 @@ class StoredWeights:
                 f"quantized with {method[:40]!r}; only compressed-tensors and modelopt are read",
                 where=self._where,
             )
-        self.names = frozenset(self._tensors.headers)
+        self.names = frozenset(names)
         fused = sorted(name for name in self.names if name.endswith("_weight_scale"))
         if fused:  # as ModelOpt writes Llama 4
             raise CheckpointError(
@@ -97,9 +116,13 @@ class StoredWeights:
         Raises:
             CheckpointError: as ``scheme``; a tensor of the module is missing; or they do not fit together.
         """
+        return self.decode(module, self.local(module))
+
+    def decode(self, module: str, local: dict[str, torch.Tensor]) -> torch.Tensor:
+        """``weight`` from the module's tensors as ``local`` gives them, or from some rows of each."""
         import torch
 
-        scheme, local = self.scheme(module), self.local(module)
+        scheme, local = self.scheme(module), dict(local)
         if local["weight_scale"].dtype in (torch.float16, torch.bfloat16):
             local["weight_scale"] = local["weight_scale"].float()
         compressor = _compressor(scheme, module)
@@ -113,7 +136,7 @@ class StoredWeights:
         Raises:
             CheckpointError: there is none of this name.
         """
-        return self._tensors.read(name)
+        return self._read(name)
 
     def local(self, module: str) -> dict[str, torch.Tensor]:
         """Local name -> tensor of a quantized module in compressed-tensors' layout, whatever the folder's is.
@@ -122,6 +145,10 @@ class StoredWeights:
             CheckpointError: as ``weight``.
         """
         found = {name.removeprefix(f"{module}."): self.stored(name) for name in self.parts(module)}
+        return self.respelled(module, found)
+
+    def respelled(self, module: str, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``local`` from the module's tensors as the checkpoint names and shapes them."""
         if self.dialect == "compressed-tensors":
             return found
         with _fitting(module):
@@ -150,29 +177,21 @@ class StoredWeights:
         assert self.dialect == "modelopt", "compressed-tensors has schemes"
         return self._modelopt.algorithm(module)
 
-    def _described(self) -> tuple[str, Mapping[str, Any]]:
-        """The method and ``quantization_config`` of config.json, else what hf_quant_config.json says."""
-        for file, key in (("config.json", "quantization_config"), (modelopt.CONFIG_NAME, "quantization")):
-            if self._tensors.has_file(file):
-                read = load_config(self._tensors.small_file(file), f"{self._where}/{file}")
-                found = read.get(key)
-                if isinstance(found, Mapping) and found:
-                    default = "" if file == "config.json" else "modelopt"
-                    return str(found.get("quant_method", default)), found
-        raise CheckpointError(
-            f"neither config.json nor {modelopt.CONFIG_NAME} describes a quantization", where=self._where
-        )
-
     @cached_property
     def _modelopt(self) -> modelopt.Description:
         return modelopt.Description(self._config, self._where)
 
     @cached_property
     def _compressed_tensors(self) -> QuantizationConfig:
+        from compressed_tensors.config import CompressionFormat
         from compressed_tensors.quantization import QuantizationConfig
 
         try:
-            return QuantizationConfig.model_validate(dict(self._config))
+            config = QuantizationConfig.model_validate(dict(self._config))
+            if config.format in _OF_ALL_GROUPS:
+                for group in config.config_groups.values():
+                    group.format = group.format or CompressionFormat(config.format)
+            return config
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
@@ -185,6 +204,29 @@ def static_input_names(activations: QuantizationArgs | None) -> tuple[str, ...]:
     if activations is None or activations.dynamic is True:
         return ()
     return ("input_global_scale",) if activations.strategy == "tensor_group" else ("input_scale",)
+
+
+def format_of(scheme: QuantizationScheme) -> str:
+    """compressed-tensors' name of how a module so described is stored: stated, or as the library infers."""
+    import torch
+    from compressed_tensors.compressors.format import infer_module_format
+
+    stated = scheme.format or infer_module_format(torch.nn.Linear, scheme)
+    return str(getattr(stated, "value", stated))
+
+
+class StoredWeights(QuantizedWeights):
+    """A quantized folder, read tensor by tensor; opening it reads its configs and headers.
+
+    Raises:
+        CheckpointError: neither config.json nor hf_quant_config.json describes a quantization that is read
+            here, or a file is broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        tensors = StoredTensors(folder)
+        method, description = _described(tensors, str(folder))
+        super().__init__(description, method, tensors.headers, tensors.read, str(folder))
 
 
 def fused_tensors(source: Source | None) -> list[FusedTensor]:
@@ -246,6 +288,20 @@ def _unquantized(weights: StoredWeights) -> dict[str, torch.Tensor]:
     return {name: weights.stored(name) for name in sorted(weights.names - packed)}
 
 
+def _described(tensors: StoredTensors, where: str) -> tuple[str, Mapping[str, Any]]:
+    """The method and ``quantization_config`` of config.json, else what hf_quant_config.json says."""
+    for file, key in (("config.json", "quantization_config"), (modelopt.CONFIG_NAME, "quantization")):
+        if tensors.has_file(file):
+            read = load_config(tensors.small_file(file), f"{where}/{file}")
+            found = read.get(key)
+            if isinstance(found, Mapping) and found:
+                default = "" if file == "config.json" else "modelopt"
+                return str(found.get("quant_method", default)), found
+    raise CheckpointError(
+        f"neither config.json nor {modelopt.CONFIG_NAME} describes a quantization", where=where
+    )
+
+
 @contextmanager
 def _fitting(module: str) -> Iterator[None]:
     """Tells a shape or value that torch or the library stumbles over as a fault of the checkpoint."""
@@ -262,12 +318,10 @@ def _compressor(scheme: QuantizationScheme, module: str) -> type[BaseCompressor]
     Raises:
         CheckpointError: it has none.
     """
-    import torch
     from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.config import CompressionFormat
 
-    layout = scheme.format or infer_module_format(torch.nn.Linear, scheme)
+    layout = format_of(scheme)
     try:
         found: type[BaseCompressor] = BaseCompressor.get_value_from_registry(CompressionFormat(layout).value)
     except (KeyError, ValueError) as error:

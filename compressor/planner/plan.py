@@ -119,6 +119,7 @@ def make_plan(
         beside=loaded.folder,
         cache=space.hub,
         planning=planning,
+        from_=recipe.model.from_,
     )
     faults: list[UserError] = []
     evaluation = _collect(faults, lambda: evaluation_spec(loaded, full_context(source.config)))
@@ -338,6 +339,6 @@ def _warnings(loaded: LoadedRecipe, source: Source) -> list[str]:
     found = []
     if loaded.recipe.evaluate is None:
         found.append("evaluate is switched off: nothing will be measured, and the report will say so")
-    if source.kind == "safetensors" and source.revision and loaded.recipe.model.revision != source.revision:
+    if source.revision and loaded.recipe.model.revision != source.revision:
         found.append(f"model.revision is not pinned; this run uses {source.revision}")
     return found

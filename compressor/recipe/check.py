@@ -130,7 +130,7 @@ def _known_keys(root: Fields, section: type[Section], above: Path) -> Iterable[s
             return kinds[options["kind"]].model_fields if depth == len(above) else ()
         if isinstance(step, str):
             section = next(_sections(section.model_fields[step].annotation))
-    return section.model_fields
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:

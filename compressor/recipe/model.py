@@ -9,7 +9,7 @@ import re
 from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from compressor.dialects.base import DialectName
 from compressor.recipe.calibration import CalibrationSection
@@ -41,7 +41,6 @@ RESERVED: dict[tuple[str, ...], str] = {
     ("adapters",): "section 'adapters'",
     ("drafts",): "section 'drafts'",
     ("publish",): "section 'publish'",
-    ("model", "from"): "key 'model.from'",
 }
 
 
@@ -56,6 +55,8 @@ def _false_is_none(value: object) -> object:
 class ModelSection(Section):
     """Where the weights come from."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     source: Text = Field(
         description="A local folder, a Hub id (org/name), a .gguf file, or pkg:PACKAGE/FILE.gguf: a file "
         "inside an installed Python package."
@@ -66,6 +67,14 @@ class ModelSection(Section):
     sha256: Sha256 | None = Field(
         default=None,
         description="Hex SHA-256 that the single .gguf file must have; the run stops if it differs.",
+    )
+    # Left out of what is written where nothing was said: recipes from before it existed stay the same bytes.
+    from_: Literal["dequantize"] | None = Field(
+        default=None,
+        alias="from",
+        exclude_if=is_none,
+        description="What becomes of weights that the source stores quantized (FP8 blocks, MXFP4, "
+        "compressed-tensors, ModelOpt): `dequantize` reads them as bfloat16. By default they are refused.",
     )
     headers: Text | None = Field(
         default=None,

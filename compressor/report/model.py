@@ -40,7 +40,7 @@ class SourceFacts(Record):
     """
 
     label: str
-    kind: Literal["safetensors", "gguf", "headers"]
+    kind: Literal["safetensors", "gguf", "headers", "dequantized"]
     note: str
     revision: str | None
     base_model: str | None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.safetensors_writer import ShardWriter
-from compressor.checkpoint.sources import local_path, open_source
+from compressor.checkpoint.sources import From, local_path, open_source
 from compressor.data import find
 from compressor.errors import CheckpointError, UserError
 from compressor.evals.run import leading_token
@@ -51,7 +51,12 @@ class Tokens:
 
 
 def find_source(
-    checkpoint: Path, named: str | None, revision: str | None, cache: Path, progress: Progress
+    checkpoint: Path,
+    named: str | None,
+    revision: str | None,
+    cache: Path,
+    progress: Progress,
+    from_: From | None = None,
 ) -> Source | None:
     """The source that ``named`` names, else the local one that the checkpoint's own recipe names, or None.
 
@@ -61,7 +66,7 @@ def find_source(
         UserError: ``named`` cannot be opened.
     """
     if named is not None:
-        return open_source(named, revision=revision, cache=cache)
+        return open_source(named, revision=revision, cache=cache, from_=from_)
     recipe = checkpoint / RECIPE_FILE
     hint = "its values are not compared with a source; name one with --source"
     if not recipe.is_file():
@@ -74,7 +79,7 @@ def find_source(
         if local_path(model.source, beside) is None:
             progress.warn(f"the source {model.source} is on the Hub: {hint} {model.source}")
             return None
-        return open_source(model.source, sha256=model.sha256, beside=beside)
+        return open_source(model.source, sha256=model.sha256, beside=beside, from_=model.from_)
     except UserError as error:
         progress.warn(f"the source that {RECIPE_FILE} names cannot be opened ({error.what}): {hint}")
         return None
@@ -109,15 +114,17 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, longes
 
 
 def own_folder(source: Source) -> Path | None:
-    """The source's own folder, with config.json and safetensors; None where it has none such (GGUF)."""
-    return source.model_dir() if source.gguf_file() is None else None
+    """The source's own folder, with config.json and safetensors; None where it has none such (GGUF, or
+    weights that are stored quantized).
+    """
+    return source.model_dir() if source.kind == "safetensors" else None
 
 
 def missing_room(source: Source, scratch: Path) -> str:
     """Why ``plain_folder`` would not fit on the disk, or "": weights at 16 bit, and the side files.
 
     Args:
-        source: it writes a GGUF source only.
+        source: it writes sources that are dequantized, and no others.
         scratch: an existing folder on that disk; the side files are written there to be measured.
     """
     if own_folder(source) is not None:
@@ -133,7 +140,7 @@ def missing_room(source: Source, scratch: Path) -> str:
 
 
 def plain_folder(source: Source, scratch: Path) -> Path:
-    """A folder that an engine can load the source from: its own, or one written into ``scratch`` (GGUF)."""
+    """A folder that an engine can load the source from: its own, or one written into ``scratch``."""
     own = own_folder(source)
     if own is not None:
         return own

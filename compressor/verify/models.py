@@ -200,8 +200,8 @@ def _memory_needed(checkpoint: Path, source: Source | None) -> int:
     B: 4 for the model in float32; 6 where activations are rounded, whose noise is measured with a copy in 16
     bit; 8 where experts are decoded one by one: all decoded tensors, and the model that transformers merges
     them into.
-    N: parameters of the source. S: 4, and for GGUF 2 more for the dequantized tensors that are given to
-    transformers. N is 0 without a source.
+    N: parameters of the source. S: 4, and 2 more for the tensors of a dequantized source (GGUF, or
+    ``model.from``) that are given to transformers. N is 0 without a source.
     """
     from compressor.checkpoint.inventory import take_inventory
 
@@ -209,7 +209,7 @@ def _memory_needed(checkpoint: Path, source: Source | None) -> int:
     stored = sum(kind.bytes // DTYPE_BYTES[kind.dtype] * _PACKED.get(kind.dtype, 1) for kind in kinds)
     needed = _bytes_per_weight(checkpoint) * stored
     if source is not None:
-        per_weight = _FLOAT32_BYTES + (_16_BIT_BYTES if source.gguf_file() else 0)
+        per_weight = _FLOAT32_BYTES + (0 if source.kind == "safetensors" else _16_BIT_BYTES)
         needed = max(needed, per_weight * sum(header.numel for header in source.headers.values()))
     return needed + _ROOM_BYTES
 

@@ -60,7 +60,7 @@ def _check_models(
     from compressor.verify.meaning import check_meaning
     from compressor.verify.models import Reference, check_quality, check_source_values, load_reference
 
-    source = find_source(spec.checkpoint, spec.source, spec.revision, spec.cache, progress)
+    source = find_source(spec.checkpoint, spec.source, spec.revision, spec.cache, progress, spec.from_)
     if source is not None:
         checks.append(check_meaning(spec.checkpoint, source, near=spec.cache.parent))
         checks += check_source_values(spec.checkpoint, source, progress)

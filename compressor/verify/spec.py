@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from compressor.checkpoint.sources import From
+
 Engine = Literal["auto", "vllm", "none"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -19,6 +21,7 @@ class VerifySpec:
         checkpoint: the folder.
         source: what it was made from, as in a recipe's ``model.source``, or None: as its recipe says.
         revision: of a Hub source.
+        from_: as in a recipe's ``model.from``, where the source itself is quantized.
         engine: ``vllm`` insists on it; ``auto`` asks it where an environment is found.
         engine_python: the interpreter of the engine's environment, or None: looked for.
         dtype: what the engine computes in; ``auto``: bfloat16, or float32 for an unquantized model on a CPU.
@@ -34,6 +37,7 @@ class VerifySpec:
     cache: Path
     source: str | None = None
     revision: str | None = None
+    from_: From | None = None
     engine: Engine = "auto"
     engine_python: Path | None = None
     dtype: Dtype = "auto"

@@ -1,0 +1,130 @@
+"""A source whose weights are stored quantized, read as bfloat16 (``model.from: dequantize``)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.checkpoint.base import Kind, Source
+from compressor.checkpoint.layout import stated_quantization, without_quantization
+from compressor.checkpoint.packed import SIXTEEN_BIT, Layout, Packed, check_finite
+from compressor.checkpoint.packed_fp8 import fp8_layout
+from compressor.checkpoint.packed_modules import module_layout
+from compressor.checkpoint.packed_mxfp4 import mxfp4_layout
+from compressor.errors import CheckpointError
+from compressor.spec import TensorHeader
+
+if TYPE_CHECKING:
+    import torch
+
+# Of what is decoded to which bits: part of the fingerprint.
+VERSION = 1
+
+
+class DequantizedSource:
+    """A quantized source with its weights decoded to bfloat16, tensor by tensor, under their plain names.
+
+    Attributes as ``Source`` describes them. ``config`` has no ``quantization_config``; scales are no tensors
+    of their own any more.
+
+    Args:
+        stored: the same source, opened as it lies.
+
+    Raises:
+        CheckpointError: it is not quantized, or in a way that is not read here, or its tensors do not fit.
+    """
+
+    def __init__(self, stored: Source) -> None:
+        self._stored = stored
+        self.kind: Kind = "headers" if stored.kind == "headers" else "dequantized"
+        self.label, self.revision, self.license = stored.label, stored.revision, stored.license
+        layout = _layout(stored).checked(stored.headers)
+        self.config: dict[str, Any] = without_quantization(stored.config)
+        self._packed = layout.tensors
+        self.headers: Mapping[str, TensorHeader] = _plain_headers(stored.headers, layout)
+        left = "; its KV-cache scales are left out" if layout.dropped else ""
+        note = f"dequantized from {layout.described} to bfloat16{left}"
+        self.note = f"{stored.note}; {note}" if stored.note else note
+        self.fingerprint = hashlib.sha256(f"dequantized {VERSION} {stored.fingerprint}".encode()).hexdigest()
+
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """See ``Source.read``: bf16 where the tensor is stored quantized, else as it lies."""
+        packed = self._packed.get(name)
+        if packed is None:
+            return self._stored.read(name, index)
+        alone = index is not None and packed.by_expert
+        decoded = self._decoded(packed, index if alone else None)
+        return decoded if index is None or alone else decoded[index].clone()
+
+    def write_side_files(self, folder: Path) -> list[str]:
+        """As the source itself."""
+        return self._stored.write_side_files(folder)
+
+    def model_dir(self) -> Path | None:
+        """The folder of the source, where its tokenizer lies; its weights are quantized there."""
+        return self._stored.model_dir()
+
+    def gguf_file(self) -> str | None:
+        """None: the weights are safetensors."""
+        return None
+
+    def _decoded(self, packed: Packed, expert: int | None) -> torch.Tensor:
+        parts = {local: self._stored.read(name, expert) for local, name in packed.parts.items()}
+        check_finite(parts, packed.parts)
+        decoded = packed.decode(parts)
+        if not bool(decoded.isfinite().all()):
+            raise CheckpointError(
+                "the tensor has non-finite values (NaN or infinite) once it is dequantized",
+                where=packed.header.name,
+                fix="the source is damaged or was saved wrongly: fetch it again",
+            )
+        return decoded
+
+
+def _layout(stored: Source) -> Layout:
+    """The quantized tensors of a source.
+
+    Raises:
+        CheckpointError: not quantized, by an unknown method, or inconsistent.
+    """
+    description = stated_quantization(stored.config)
+    if description is None:
+        raise CheckpointError(
+            "model.from: dequantize, but config.json has no quantization_config",
+            where=stored.label,
+            fix="remove it",
+        )
+    if not isinstance(description, dict):
+        raise CheckpointError("config.json: quantization_config is not an object", where=stored.label)
+    default = "compressed-tensors" if "config_groups" in description else ""
+    method = str(description.get("quant_method", default))
+    headers = stored.headers
+    if method == "fp8":
+        return fp8_layout(headers, description, stored.label)
+    if method == "mxfp4":
+        return mxfp4_layout(headers, stored.label)
+    if method == "compressed-tensors" or method.startswith("modelopt"):
+        return module_layout(headers, description, method, stored.read, stored.label)
+    raise CheckpointError(
+        f"quantized with {method[:40]!r}; fp8, mxfp4, compressed-tensors and modelopt are dequantized",
+        where=stored.label,
+        fix=f"use the {SIXTEEN_BIT}",
+    )
+
+
+def _plain_headers(headers: Mapping[str, TensorHeader], layout: Layout) -> dict[str, TensorHeader]:
+    """In file order; a quantized tensor stands where its codes do."""
+    by_codes = {next(iter(packed.parts.values())): packed for packed in layout.tensors.values()}
+    gone = set(layout.dropped)
+    for packed in layout.tensors.values():
+        gone.update(packed.parts.values(), packed.beside)
+    found: dict[str, TensorHeader] = {}
+    for name, header in headers.items():
+        if name in by_codes:
+            plain = by_codes[name].header
+            found[plain.name] = plain
+        elif name not in gone:
+            found[name] = header
+    return found
