@@ -126,7 +126,7 @@ def _claim(
     # Every rule looks at every tensor, so that a shadowed pattern is not reported as matching nothing.
     matching = [rule for rule in rules if rule.matches(names)]
     rule = matching[0] if matching else None
-    if rule is None and role.kind == "linear":
+    if rule is None and role.kind == "linear" and not role.reason:
         rule = _Rule("weights.scheme", (), weights.scheme, weights.solver)
     if rule is None or rule.scheme is None:
         key = rule.key if rule else "default"

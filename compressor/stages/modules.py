@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from compressor.checkpoint.base import Source
 from compressor.dialects.base import Modules
-from compressor.model.families import text_config, tied
+from compressor.model.families import family_for, text_config, tied
 from compressor.model.names import module_of
 from compressor.schemes.base import Scheme
 from compressor.stages.base import Claim
@@ -42,5 +42,5 @@ def modules_of(source: Source, claims: Sequence[Claim]) -> Modules:
         embeddings=embeddings,
         ends=frozenset(ends),
         fused_experts=fused_experts,
-        renamed=text_config(source.config) is not source.config,
+        renamed=text_config(source.config) is not source.config or family_for(source.config).renamed,
     )

@@ -9,18 +9,20 @@ import pytest
 
 from compressor.checkpoint.folder import FolderSource
 
+from .published import PUBLISHED
 from .zoo import FAMILIES
 
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FolderSource]:
-    """Opens the tiny model of a family; whoever changes its folder must copy it first."""
+    """Opens the tiny model NAME or ``published NAME``; whoever changes its folder must copy it first."""
     root = tmp_path_factory.mktemp("families")
 
     def open_family(name: str) -> FolderSource:
         folder: Path = root / name
         if not folder.exists():
-            FAMILIES[name](folder)
+            make = PUBLISHED[name.removeprefix("published ")] if " " in name else FAMILIES[name]
+            make(folder)
         return FolderSource(folder)
 
     return open_family

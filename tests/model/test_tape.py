@@ -22,6 +22,7 @@ from compressor.model.names import extract
 from compressor.model.routed import Share
 from compressor.model.tape import Tape, check_walkable
 
+from .published import PUBLISHED
 from .zoo import FAMILIES, REFUSED
 
 Open = Callable[[str], FolderSource]
@@ -38,6 +39,7 @@ LISTENED = (
     "nemotron_h",
     "falcon",
 )
+ALL_PUBLISHED = [f"published {name}" for name in PUBLISHED]
 
 
 def _batches() -> list[torch.Tensor]:
@@ -70,7 +72,7 @@ def _ordinary(source: Source, dtype: torch.dtype = torch.float32) -> list[torch.
     return [model(ids, use_cache=False).logits for ids in _batches()]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *ALL_PUBLISHED])
 def test_replay_is_the_ordinary_forward_pass(name: str, family: Open) -> None:
     """Embedding, every block and head, bit for bit."""
     source = family(name)
@@ -129,7 +131,7 @@ def test_listening_changes_nothing_and_stops_where_asked(name: str, family: Open
         states.put(0, plain)
 
 
-@pytest.mark.parametrize("name", LISTENED)
+@pytest.mark.parametrize("name", [*LISTENED, *ALL_PUBLISHED])
 def test_every_linear_tensor_of_a_block_has_one_site(name: str, family: Open) -> None:
     """The sites of all blocks hold the matrices that the family names, each once."""
     from compressor.model.families import family_for

@@ -19,12 +19,13 @@ from compressor.model.skeleton import build_skeleton, compute_buffers
 from compressor.model.tensor_map import Piece, TensorMap
 from compressor.spec import TensorHeader
 
+from .published import PUBLISHED
 from .zoo import FAMILIES
 
 Open = Callable[[str], FolderSource]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *(f"published {name}" for name in PUBLISHED)])
 def test_every_parameter_and_buffer_is_the_loader_s(name: str, family: Open) -> None:
     """Values and dtypes of parameters, and of buffers whether stored or computed."""
     source = family(name)

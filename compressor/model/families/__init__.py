@@ -12,11 +12,15 @@ from typing import Any
 
 from compressor.errors import UserError
 from compressor.model.families.base import Family
+from compressor.model.families.deepseek import DEEPSEEK
 from compressor.model.families.ends import embedding_problem, tied
 from compressor.model.families.generic import GenericFamily
+from compressor.model.families.jamba import JAMBA
 from compressor.model.families.llama import LlamaFamily
 from compressor.model.families.llama4 import Llama4Family
+from compressor.model.families.mixtures import GLM4_MOE, MIXTRAL, QWEN_MOE
 from compressor.model.families.naming import block_index, member_rows, text_config
+from compressor.model.families.qwen3_next import QWEN3_NEXT
 
 __all__ = [
     "BUILTINS",
@@ -30,8 +34,18 @@ __all__ = [
 ]
 
 ENTRY_POINT_GROUP = "compressor.families"
+_NEEDED = ("name", "model_types", "inferred", "renamed", "role")
 
-BUILTINS: tuple[Family, ...] = (LlamaFamily(), Llama4Family())
+BUILTINS: tuple[Family, ...] = (
+    LlamaFamily(),
+    Llama4Family(),
+    MIXTRAL,
+    QWEN_MOE,
+    QWEN3_NEXT,
+    GLM4_MOE,
+    DEEPSEEK,
+    JAMBA,
+)
 
 
 @cache
@@ -51,11 +65,11 @@ def families() -> tuple[Family, ...]:
                 where=f"entry point {ENTRY_POINT_GROUP}:{point.name}",
                 fix="mend or uninstall the package that provides it",
             ) from error
-        if not all(hasattr(family, name) for name in ("name", "model_types", "inferred", "role")):
+        if not all(hasattr(family, name) for name in _NEEDED):
             raise UserError(
                 f"the family {point.name!r} is a {type(family).__name__}, not an instance of a family",
                 where=f"entry point {ENTRY_POINT_GROUP}:{point.name}",
-                fix="point it at an object with name, model_types, inferred and role",
+                fix=f"point it at an object with {', '.join(_NEEDED[:-1])} and {_NEEDED[-1]}",
             )
         installed.append(family)
     return (*installed, *BUILTINS)

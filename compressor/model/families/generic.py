@@ -34,6 +34,7 @@ class GenericFamily:
 
     name = "generic"
     model_types: tuple[str, ...] = ()
+    renamed = False
 
     def __init__(self, model_type: str) -> None:
         self.inferred = (

@@ -50,6 +50,7 @@ class LlamaFamily:
         "olmo2",
     )
     inferred = ""
+    renamed = False
 
     def role(self, header: TensorHeader, config: dict[str, Any]) -> Role:
         """Attention and MLP projections are ``linear``; norms, biases and towers ``other``."""

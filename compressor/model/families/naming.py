@@ -37,8 +37,10 @@ _TOWER = re.compile(
 )
 _DRAFT = re.compile(r"(^|\.)(mtp|mtp_layers|mtp_block|nextn)\.")
 _FED_BY_NORM = re.compile(
-    r"(?P<layer>(?:.*\.)?layers\.\d+)\.(?:(?P<attention>self_attn\.(?:q|k|v|qkv)_proj)"
-    r"|(?:mlp|feed_forward)\.(?:shared_expert\.|experts\.(?:\d+\.)?)?(?:gate|up|gate_up)_proj)(?:\.weight)?$"
+    r"(?P<layer>(?:.*\.)?layers\.\d+)\."
+    r"(?:(?P<attention>self_attn\.(?:(?:q|k|v|qkv|q_a)_proj|kv_a_proj_with_mqa)|linear_attn\.in_proj_\w+)"
+    r"|(?:mlp|feed_forward)\.(?:shared_experts?\.|experts\.(?:\d+\.)?)?(?:gate|up|gate_up)_proj"
+    r"|block_sparse_moe\.experts\.\d+\.w[13])(?:\.weight)?$"
 )
 _BLOCK = re.compile(r"(?:^|\.)[A-Za-z_]\w*\.(\d+)\.")
 
@@ -130,7 +132,11 @@ def _vector_reason(name: str) -> str:
 
 
 def input_norm(name: str, attention: str, mlp: str, offset: float) -> InputNorm | None:
-    """The norm that feeds the tensor ``name``: one leaf for q/k/v, another for gate/up, none for the rest."""
+    """The norm that feeds the tensor ``name``.
+
+    ``attention``: its leaf for q/k/v and what else reads a block's input; ``mlp``: that for gate/up; there is
+    none for the rest.
+    """
     found = _FED_BY_NORM.match(name)
     if found is None:
         return None

@@ -1,0 +1,56 @@
+"""A family told by a table: which names are projections, why other tensors stay, which norms feed them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from compressor.model.families.experts import fused_experts
+from compressor.model.families.naming import common_role, whole
+from compressor.spec import InputNorm, Role, TensorHeader
+
+
+@dataclass(eq=False)
+class NamedFamily:
+    """An architecture whose tensors' names say all; its experts may be stored one by one or fused.
+
+    Attributes:
+        name: see ``base.Family``, as ``model_types``, ``inferred`` and ``renamed``.
+        projections: matches the names of the tensors that are quantized.
+        kept: (pattern of tensor names, why such a tensor stays in 16 bit); the first match tells.
+        norm: the name of a tensor -> the norm that feeds it.
+        by_rule_only: (pattern, why) of projections that stay in 16 bit unless the recipe's rules name them.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    projections: re.Pattern[str]
+    kept: tuple[tuple[re.Pattern[str], str], ...]
+    norm: Callable[[str], InputNorm | None]
+    by_rule_only: tuple[tuple[re.Pattern[str], str], ...] = ()
+    renamed: bool = False
+    inferred: str = ""
+
+    def role(self, header: TensorHeader, config: dict[str, Any]) -> Role:
+        """Projections and experts are ``linear``, what ``kept`` names and the rest ``other``.
+
+        Raises:
+            CheckpointError: experts that do not split into matrices.
+        """
+        common = common_role(header, config)
+        if common is not None:
+            return common
+        parts = fused_experts(header, transposed=False)
+        if parts is None and len(header.shape) == 2 and self.projections.search(header.name):
+            parts = (whole(header, header.name.removesuffix(".weight")),)
+        if parts is not None:
+            reason = _first(self.by_rule_only, header.name)
+            return Role("linear", parts, reason, input_norm=self.norm(header.name))
+        reason = _first(self.kept, header.name)
+        return Role("other", reason=reason or "not a projection of attention, MLP or experts")
+
+
+def _first(table: tuple[tuple[re.Pattern[str], str], ...], name: str) -> str:
+    return next((reason for pattern, reason in table if pattern.search(name)), "")
