@@ -22,9 +22,10 @@ def assemble(source: Source, shards: Sequence[Shard], dialect: Dialect, streamed
     """Writes a complete checkpoint into ``folder``: shards (linked), index, configs, side files.
 
     Raises:
-        CheckpointError: the shards do not hold exactly what was claimed.
+        CheckpointError: the shards do not hold exactly what was claimed, or a source tensor is in none.
     """
     names = shard_names(len(shards))
+    check_sources(source, shards)
     check_outputs(shards, [streamed / name for name in names])
     for name in names:
         link_or_copy(streamed / name, folder / name)
@@ -45,6 +46,24 @@ def assemble(source: Source, shards: Sequence[Shard], dialect: Dialect, streamed
     config = result_config(source.config, described.quantization_config, narrowed=narrowed)
     for name, content in ({"config.json": config} | dict(described.files)).items():
         write_json(folder / name, content)
+
+
+def check_sources(source: Source, shards: Sequence[Shard]) -> None:
+    """Raises CheckpointError unless every tensor of the source becomes a tensor of some shard."""
+    kept = {
+        claim.tensor.name
+        for shard in shards
+        for unit in shard.units
+        for claim in unit.claims
+        if claim.outputs
+    }
+    lost = sorted(source.headers.keys() - kept)
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} tensor(s) of the source would be missing from the result: {', '.join(lost[:4])}",
+            where=source.label,
+            fix="report it",
+        )
 
 
 def check_outputs(shards: Sequence[Shard], files: Sequence[Path]) -> None:

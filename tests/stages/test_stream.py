@@ -20,7 +20,7 @@ from compressor.progress import Silent
 from compressor.recipe.model import WeightsSection
 from compressor.solvers.base import Solved
 from compressor.solvers.rtn import Rtn
-from compressor.stages.assemble import check_outputs
+from compressor.stages.assemble import assemble, check_outputs
 from compressor.stages.base import Shard, Unit
 from compressor.stages.receipts import all_receipts
 from compressor.stages.stream import stream
@@ -127,6 +127,24 @@ def test_unclaimed_or_missing_outputs_are_noticed(source: FolderSource, tmp_path
     stream(source, one, CT, tmp_path, Silent())
     with pytest.raises(CheckpointError, match="not as the plan claimed"):
         check_outputs(many[:1], [tmp_path / "model.safetensors"])
+
+
+def test_a_source_tensor_in_no_shard_is_noticed(source: FolderSource, tmp_path: Path) -> None:
+    """Even where the shards are as planned: nothing of the source may be lost on the way."""
+    shards = _shards(source, 10**9)
+    units = tuple(unit for unit in shards[0].units if "lm_head.weight" not in _tensors(unit))
+    assert len(units) == len(shards[0].units) - 1
+    lacking = [replace(shards[0], units=units)]
+    stream(source, lacking, CT, tmp_path, Silent())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"1 tensor\(s\) of the source would be missing.*lm_head.weight"
+    ):
+        assemble(source, lacking, CT, tmp_path, tmp_path / "out")
+
+
+def _tensors(unit: Unit) -> set[str]:
+    return {claim.tensor.name for claim in unit.claims}
 
 
 def test_importance_is_the_norms_squared_weight(tmp_path: Path) -> None:
