@@ -12,9 +12,16 @@ import torch
 
 
 def write_headers(
-    folder: Path, raw: Mapping[str, Any], extra: Mapping[str, tuple[int, ...]] | None = None
+    folder: Path,
+    raw: Mapping[str, Any],
+    extra: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    predicts: bool = False,
 ) -> Path:
-    """Writes ``config.json`` and ``tensors.json`` (``model.headers`` of a recipe) and returns the folder."""
+    """Writes ``config.json`` and ``tensors.json`` (``model.headers`` of a recipe) and returns the folder.
+
+    ``predicts``: with the prediction layer that the published model has, one more of the last block.
+    """
     import transformers
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -26,11 +33,33 @@ def write_headers(
         model = getattr(transformers, raw["architectures"][0])(config)
         saved = revert_weight_conversion(model, model.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()} | dict(extra or {})
+    if predicts:
+        shapes |= _prediction_layer(shapes, config.get_text_config().num_hidden_layers)
     for tied in model.all_tied_weights_keys:
         shapes.pop(tied, None)
     tensors = [[name, "BF16", list(shape)] for name, shape in shapes.items()]
     (folder / "tensors.json").write_text(json.dumps({"source": "made by a test", "tensors": tensors}))
     return folder
+
+
+def _prediction_layer(shapes: Mapping[str, tuple[int, ...]], blocks: int) -> dict[str, tuple[int, ...]]:
+    """``mtp.*`` where the model has linear attention, as Qwen's do; else the block ``blocks``."""
+    (embedding,) = (name for name in shapes if name.endswith(".embed_tokens.weight"))
+    vocabulary, hidden = shapes[embedding]
+    layers = embedding.replace("embed_tokens.weight", "layers.")
+    if any(".linear_attn." in name for name in shapes):
+        block, norms = "mtp.layers.0.", ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding")
+        found = {"mtp.fc.weight": (hidden, 2 * hidden), **{f"mtp.{norm}.weight": (hidden,) for norm in norms}}
+    else:
+        block, norms = f"{layers}{blocks}.", ("enorm", "hnorm", "shared_head.norm")
+        found = {f"{block}eh_proj.weight": (hidden, 2 * hidden)}
+        found |= {f"{block}{norm}.weight": (hidden,) for norm in norms}
+        ends = ("embed_tokens", "shared_head.head")
+        found |= {f"{block}{end}.weight": (vocabulary, hidden) for end in ends}
+    last = f"{layers}{blocks - 1}."
+    return found | {
+        name.replace(last, block): shape for name, shape in shapes.items() if name.startswith(last)
+    }
 
 
 def _of(model: str, config: str, **more: Any) -> Callable[[], dict[str, Any]]:

@@ -66,12 +66,19 @@ def test_shipped_recipes(name: str, tmp_path: Path) -> None:
     assert _left(tmp_path) == set()
 
 
+SLOW = ("llama4", "jamba", "mixtral", "qwen3_moe", "qwen3_5_moe", "deepseek_v3")
+PREDICT = ("qwen3_next", "qwen3_5_moe", "glm4_moe", "deepseek_v3")
+
+
 @pytest.mark.parametrize(
-    "family", ["qwen3_next", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama4", "jamba"))]
+    "family", ["qwen3_next", "glm4_moe", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_families(family: str, tmp_path: Path) -> None:
-    """Hybrids and mixtures of experts, walked: every kind of layer is calibrated, experts too."""
-    headers = write_headers(tmp_path / "headers", CONFIGS[family]())
+    """Hybrids and mixtures of experts, walked: every kind of layer is calibrated, experts too.
+
+    With their prediction layers, which the run would not lose (``stages.assemble``).
+    """
+    headers = write_headers(tmp_path / "headers", CONFIGS[family](), predicts=family in PREDICT)
     model = f"{{source: {REPO}, headers: {headers}}}"
     recipe = _recipe(tmp_path, model, "{scheme: fp8_static, solver: gptq}", "evaluate: null")
     found = _smoked(recipe, tmp_path / "o" / "out")
