@@ -151,8 +151,17 @@ def folded(rows: list[Row]) -> list[Row]:
     return found
 
 
-def write(folder: Path, model: str, config: dict[str, Any], rows: list[Row]) -> None:
-    """Writes the two files of one model; one row a line, so that a change shows in a diff."""
+def write(
+    folder: Path,
+    model: str,
+    config: dict[str, Any],
+    published: int,
+    stored: Callable[[list[Row]], list[Row]],
+) -> None:
+    """Writes the two files of one of ``MODELS``; one row a line, so that a change shows in a diff."""
+    rows = stored(saved_tensors(config))
+    counted = values(rows)
+    assert counted == published, f"{model}: {counted:,} values, published {published:,}"
     source = (
         f"{model}, written from its public layout by scripts/make_headers.py "
         f"with transformers {transformers.__version__}"
@@ -163,17 +172,14 @@ def write(folder: Path, model: str, config: dict[str, Any], rows: list[Row]) -> 
     (folder / "tensors.json").write_text(
         f'{{"source": {json.dumps(source)},\n"tensors": [\n{lines}\n]}}\n', encoding="utf-8"
     )
+    print(f"{folder}: {len(rows)} tensors, {counted:,} values")
 
 
 def main() -> None:
     """Writes every model into the folder given, or into ``recipes/configs`` of this repository."""
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "recipes" / "configs"
-    for name, (model, config, published, stored) in MODELS.items():
-        rows = stored(saved_tensors(config))
-        counted = values(rows)
-        assert counted == published, f"{model}: {counted:,} values, published {published:,}"
-        write(root / name, model, config, rows)
-        print(f"{root / name}: {len(rows)} tensors, {counted:,} values")
+    for name, facts in MODELS.items():
+        write(root / name, *facts)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,28 @@ from pathlib import Path
 
 import pytest
 
+from compressor.checkpoint.shipped import ShippedHeaders
 from compressor.model.families import family_for, tied
 from compressor.spec import TensorHeader
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
-PARAMETERS = {"llama-4-scout": 108_641_793_536, "llama-3.3-70b": 70_553_706_496}
+# What the publishers' checkpoints in 16 bit hold.
+PARAMETERS = {
+    "llama-4-scout": 108_641_793_536,
+    "llama-4-maverick": 401_583_781_376,
+    "llama-3.3-70b": 70_553_706_496,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-next-80b-a3b": 81_324_862_720,
+    "jamba-1.5-mini": 51_570_323_328,
+}
+SHIPPED = [*PARAMETERS, "deepseek-v3", "gpt-oss-120b"]
 
 
 def shipped(name: str) -> tuple[dict, dict[str, TensorHeader]]:
     """config.json and the headers of one model."""
     config = json.loads((CONFIGS / name / "config.json").read_text())
-    rows = json.loads((CONFIGS / name / "tensors.json").read_text())["tensors"]
-    return config, {row[0]: TensorHeader(row[0], row[1], tuple(row[2])) for row in rows}
+    return config, dict(ShippedHeaders(CONFIGS / name, quantized=True).headers)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,7 @@ def script():
     return module
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_script_writes_what_is_shipped(script, name, tmp_path):
     """Same transformers, same bytes; the note names the script and the version."""
     script.write(tmp_path, *script.MODELS[name])
@@ -45,11 +54,35 @@ def test_the_script_writes_what_is_shipped(script, name, tmp_path):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_shipped_headers_count_as_published(name):
-    """Parameters of the model cards; both models are untied."""
+    """Parameters of the model cards; none is tied."""
     config, headers = shipped(name)
     assert sum(header.numel for header in headers.values()) == PARAMETERS[name]
     assert sum(header.nbytes for header in headers.values()) == 2 * PARAMETERS[name]
     assert not tied(config, headers)
+
+
+def test_deepseek_v3_is_stored_in_fp8_blocks():
+    """The published count, scales included; every FP8 matrix has a scale for each 128 x 128 values."""
+    _, headers = shipped("deepseek-v3")
+    assert len(headers) == 91_991
+    assert sum(header.numel for header in headers.values()) == 684_531_386_000
+    coded = [header for header in headers.values() if header.dtype == "F8_E4M3"]
+    assert len(coded) == 61 * 5 + 3 * 3 + 58 * 257 * 3 + 5 + 257 * 3
+    for header in coded:
+        blocks = tuple(-(-size // 128) for size in header.shape)
+        assert headers[f"{header.name}_scale_inv"].shape == blocks
+
+
+def test_gpt_oss_stores_its_experts_in_mxfp4():
+    """Two values a byte and a scale for each 32 of them; all else in 16 bit."""
+    _, headers = shipped("gpt-oss-120b")
+    blocks = {name: header for name, header in headers.items() if header.dtype == "U8" and "_blocks" in name}
+    assert len(blocks) == 2 * 36
+    for name, header in blocks.items():
+        assert headers[name.replace("_blocks", "_scales")].shape == header.shape[:-1]
+        assert header.shape[-1] == 16
+    rest = sum(header.numel for header in headers.values() if header.dtype == "BF16")
+    assert 2 * sum(header.numel for header in blocks.values()) + rest == 116_829_156_672
 
 
 def test_scout_is_mostly_experts():

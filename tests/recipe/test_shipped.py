@@ -19,6 +19,8 @@ from compressor.schemes import known_schemes, parse_scheme
 from tests.recipe.conftest import SMALL, Write
 
 NAMES = [
+    "deepseek-v3-nvfp4",
+    "gpt-oss-nvfp4",
     "jamba-fp8",
     "llama-70b-nvfp4",
     "maverick-nvfp4",
