@@ -20,7 +20,6 @@ from tests.recipe.conftest import SMALL, Write
 
 NAMES = [
     "deepseek-v3-nvfp4",
-    "gpt-oss-nvfp4",
     "jamba-fp8",
     "llama-70b-nvfp4",
     "maverick-nvfp4",
