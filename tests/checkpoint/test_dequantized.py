@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compressor.checkpoint.dequantized import DequantizedSource
 from compressor.checkpoint.modelopt import algorithm_for, to_modelopt
+from compressor.checkpoint.shipped import ShippedHeaders
 from compressor.checkpoint.sources import open_source
 from compressor.errors import CheckpointError
 from compressor.numerics import groups
@@ -373,6 +375,19 @@ def test_hostile_mxfp4_scale(tmp_path: Path) -> None:
     folder = _write(tmp_path / "m", {"quant_method": "mxfp4"}, tensors)
     with pytest.raises(CheckpointError, match="a_scales has values that are not finite"):
         open_source(str(folder), from_="dequantize").read("a", 0)
+
+
+def test_planned_from_shipped_headers(tmp_path: Path) -> None:
+    """Headers of a quantized checkpoint are enough for a plan; nothing can be read."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": BLOCKS}))
+    rows = [["a.weight", "F8_E4M3", [256, 128]], ["a.weight_scale_inv", "F32", [2, 1]]]
+    (tmp_path / "tensors.json").write_text(json.dumps({"source": "org/name", "tensors": rows}))
+    source = DequantizedSource(ShippedHeaders(tmp_path, quantized=True))
+    assert source.kind == "headers"
+    assert [(header.dtype, header.shape) for header in source.headers.values()] == [("BF16", (256, 128))]
+    assert source.note.startswith("planned from shipped headers; dequantized from FP8")
+    with pytest.raises(CheckpointError, match="no weights here"):
+        source.read("a.weight")
 
 
 def test_without_being_asked_it_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from compressor.checkpoint.folder import FolderSource
 from tests.checkpoint.fake_hub import COMMIT, REPO, FakeHub, serve
@@ -218,3 +220,20 @@ def test_unsound_repositories(hub: FakeHub, tmp_path: Path) -> None:
     for path in [*hub.folder.glob("*.safetensors"), hub.folder / "model.safetensors.index.json"]:
         path.unlink()
     assert "pickle files can run code" in call(hub.url, tmp_path / "cache", OPEN)
+
+
+def test_quantized_weights(hub: FakeHub, tmp_path: Path) -> None:
+    """Decoded where that is asked for: described by ModelOpt's own file, read by shards."""
+    quantized = {"quantization": {"quant_algo": "FP8"}}
+    (hub.folder / "hf_quant_config.json").write_text(json.dumps(quantized))
+    for path in hub.folder.glob("model*.safetensors*"):
+        path.unlink()
+    codes = torch.full((4, 6), 2.0).to(torch.float8_e4m3fn)
+    scales = {f"a.{name}": torch.tensor(0.5) for name in ("weight_scale", "input_scale")}
+    save_file({"a.weight": codes, **scales}, hub.folder / "model.safetensors")
+    code = (
+        "s = open_source(repo, cache=cache, from_='dequantize'); "
+        "print([(h.dtype, h.shape) for h in s.headers.values()], s.read('a.weight').tolist()[0])"
+    )
+    assert call(hub.url, tmp_path / "c", code).strip() == f"[('BF16', (4, 6))] {[1.0] * 6}"
+    assert "model.from: dequantize" in call(hub.url, tmp_path / "c", "open_source(repo, planning=True)")
