@@ -170,7 +170,7 @@ def _eval_command(plan: Plan, evaluation: Mapping[str, Any], output: Path) -> st
     words = [
         *("compress", "eval", _shown(output), "--source", named),
         *(("--revision", source.revision) if source.revision else ()),
-        *(("--from", said.from_) if said.from_ else ()),
+        *(("--from", "dequantize") if said.from_ else ()),
         *("--text", spec.text_label if spec.text_is_shipped else _shown(spec.text)),
         *("--tokens", str(evaluation["tokens"]), "--context", str(evaluation["context"])),
     ]
@@ -196,8 +196,8 @@ def package_versions() -> dict[str, str]:
 def _by_scheme(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
     grouped: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
-        if claim.scheme is not None:
-            grouped[claim.scheme.label].append(claim)
+        if claim.stored is not None:
+            grouped[claim.stored.label].append(claim)
     return dict(grouped)
 
 
@@ -217,7 +217,7 @@ def _scheme_bytes(claims: Sequence[Claim]) -> SchemeBytes:
 def _kept(claims: Sequence[Claim]) -> tuple[Kept, ...]:
     grouped: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
-        if claim.scheme is None:
+        if claim.stored is None:
             grouped[claim.reason].append(claim)
     kept = [
         Kept(reason=reason, tensors=len(members), bytes=sum(claim.result_bytes for claim in members))

@@ -31,27 +31,27 @@ class DequantizedSource:
 
     Args:
         stored: the same source, opened as it lies.
+        how: the recipe's ``model.from``, for fingerprint and messages.
 
     Raises:
         CheckpointError: it is not quantized, or in a way that is not read here, or its tensors do not fit.
     """
 
-    def __init__(self, stored: Source) -> None:
+    def __init__(self, stored: Source, *, how: str = "dequantize") -> None:
         self._stored = stored
         self.kind: Kind = "headers" if stored.kind == "headers" else "dequantized"
         self.label, self.revision, self.license = stored.label, stored.revision, stored.license
-        layout = _layout(stored).checked(stored.headers)
+        self._layout = layout = _layout_of(stored, how).checked(stored.headers)
         self.config: dict[str, Any] = without_quantization(stored.config)
-        self._packed = layout.tensors
         self.headers: Mapping[str, TensorHeader] = _plain_headers(stored.headers, layout)
         left = "; its KV-cache scales are left out" if layout.dropped else ""
         note = f"dequantized from {layout.described} to bfloat16{left}"
         self.note = f"{stored.note}; {note}" if stored.note else note
-        self.fingerprint = hashlib.sha256(f"dequantized {VERSION} {stored.fingerprint}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(f"{how} {VERSION} {stored.fingerprint}".encode()).hexdigest()
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """See ``Source.read``: bf16 where the tensor is stored quantized, else as it lies."""
-        packed = self._packed.get(name)
+        packed = self._layout.tensors.get(name)
         if packed is None:
             return self._stored.read(name, index)
         alone = index is not None and packed.by_expert
@@ -83,7 +83,7 @@ class DequantizedSource:
         return decoded
 
 
-def _layout(stored: Source) -> Layout:
+def _layout_of(stored: Source, how: str) -> Layout:
     """The quantized tensors of a source.
 
     Raises:
@@ -92,7 +92,7 @@ def _layout(stored: Source) -> Layout:
     description = stated_quantization(stored.config)
     if description is None:
         raise CheckpointError(
-            "model.from: dequantize, but config.json has no quantization_config",
+            f"model.from: {how}, but config.json has no quantization_config",
             where=stored.label,
             fix="remove it",
         )

@@ -12,6 +12,7 @@ from compressor.spec import TensorHeader
 
 if TYPE_CHECKING:
     import torch
+    from compressed_tensors.quantization import QuantizationScheme
 
 SIXTEEN_BIT = "16-bit original"
 SCALE_DTYPES = ("F32", "BF16", "F16")
@@ -48,11 +49,13 @@ class Layout:
         tensors: plain name -> the quantized tensor.
         dropped: stored names that belong to no weight and go (scales of a KV cache).
         described: a few words on the format for notes ("FP8 in blocks of 128 x 128").
+        schemes: plain name -> compressed-tensors' description, where the checkpoint is in its dialect.
     """
 
     tensors: Mapping[str, Packed]
     dropped: frozenset[str]
     described: str
+    schemes: Mapping[str, QuantizationScheme] | None = None
 
     def checked(self, headers: Mapping[str, TensorHeader]) -> Layout:
         """The same, once it is sure that every stored tensor has its place.

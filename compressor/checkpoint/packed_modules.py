@@ -63,8 +63,11 @@ def module_layout(
         tensors[f"{module}.weight"] = _packed(weights, module, leaves[module], headers, kv)
     if not tensors:
         raise CheckpointError(f"quant_method {method}, but no tensor is called *.weight_scale", where=where)
-    dialect = "compressed-tensors" if weights.dialect == "compressed-tensors" else "ModelOpt"
-    return Layout(tensors, kv, f"{dialect} {', '.join(formats)}")
+    named = ", ".join(formats)
+    if weights.dialect == "modelopt":
+        return Layout(tensors, kv, f"ModelOpt {named}")
+    schemes = {f"{module}.weight": weights.scheme(module) for module in weights.modules}
+    return Layout(tensors, kv, f"compressed-tensors {named}", schemes)
 
 
 def _refuse_unread(description: Mapping[str, Any], where: str) -> None:

@@ -12,11 +12,12 @@ from compressor.checkpoint.base import Source
 from compressor.checkpoint.dequantized import DequantizedSource
 from compressor.checkpoint.folder import FolderSource
 from compressor.checkpoint.hub import HubSource, HubUnavailable
+from compressor.checkpoint.kept import KeptSource
 from compressor.checkpoint.shipped import ShippedHeaders
 from compressor.data import find
 from compressor.errors import CheckpointError, UserError
 
-From = Literal["dequantize"]
+From = Literal["dequantize", "keep"]
 PACKAGE_PREFIX = "pkg:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 # Packages that want more than `pip install NAME`: this one would compile llama.cpp.
@@ -51,8 +52,11 @@ def open_source(
         UserError: an option that does not go with this kind of source.
     """
     opened = _opened(source, revision, sha256, headers, beside, cache, planning, quantized=from_ is not None)
-    # A GGUF source is dequantized as it is.
-    return opened if from_ is None or opened.kind == "gguf" else DequantizedSource(opened)
+    if opened.kind == "gguf" and from_ == "keep":
+        raise CheckpointError("model.from: keep carries compressed-tensors weights, not GGUF's", where=source)
+    if from_ is None or opened.kind == "gguf":
+        return opened
+    return DequantizedSource(opened) if from_ == "dequantize" else KeptSource(opened)
 
 
 def _opened(

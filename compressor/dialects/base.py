@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from compressor.checkpoint.kept import KeptScheme
 from compressor.schemes.base import Scheme
 from compressor.spec import LinearPart, TensorHeader
 
@@ -32,7 +33,7 @@ class Modules:
         renamed: whether engines rename modules on loading, as they do where there are towers.
     """
 
-    by_scheme: Mapping[Scheme, Sequence[str]]
+    by_scheme: Mapping[Scheme | KeptScheme, Sequence[str]]
     left_16bit: Sequence[str]
     embeddings: Sequence[str] = ()
     ends: frozenset[str] = frozenset()

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from compressor.checkpoint.kept import KeptScheme
 from compressor.checkpoint.modelopt import (
     ALGORITHMS,
     CONFIG_NAME,
@@ -126,7 +127,7 @@ def exclude_modules(unquantized: Iterable[str], quantized: Collection[str]) -> l
     return sorted({shortest(name) for name in unquantized})
 
 
-def _algorithm(scheme: Scheme) -> Algorithm:
+def _algorithm(scheme: Scheme | KeptScheme) -> Algorithm:
     found = algorithm_for(scheme.label)
     assert found is not None, f"the plan refuses {scheme.label}"
     return found

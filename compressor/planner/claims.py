@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
+from compressor.checkpoint.kept import Kept, KeptScheme
 from compressor.dialects.base import Dialect
 from compressor.errors import PlanError, UserError
 from compressor.model.families import embedding_problem, member_rows, tied
@@ -57,8 +59,9 @@ def claim_tensors(
     family: Family,
     weights: WeightsSection,
     dialect: Dialect,
+    kept: Mapping[str, Kept] = MappingProxyType({}),
 ) -> list[Claim]:
-    """One claim for each tensor, in file order.
+    """One claim for each tensor, in file order; ``kept`` are those that stay as the source stores them.
 
     Raises:
         PlanError: with every fault found.
@@ -67,7 +70,7 @@ def claim_tensors(
     is_tied = tied(config, headers)
     refused: dict[tuple[str, str], list[str]] = defaultdict(list)
     claims = [
-        _claim(header, family.role(header, config), rules, weights, dialect, is_tied, refused)
+        _claim(header, family.role(header, config), rules, weights, dialect, is_tied, refused, kept)
         for header in headers.values()
     ]
     faults = [
@@ -121,6 +124,7 @@ def _claim(
     dialect: Dialect,
     is_tied: bool,
     refused: dict[tuple[str, str], list[str]],
+    kept: Mapping[str, Kept],
 ) -> Claim:
     names = _names(header, role)
     # Every rule looks at every tensor, so that a shadowed pattern is not reported as matching nothing.
@@ -128,6 +132,8 @@ def _claim(
     rule = matching[0] if matching else None
     if rule is None and role.kind == "linear" and not role.reason:
         rule = _Rule("weights.scheme", (), weights.scheme, weights.solver)
+    if header.name in kept:
+        return _keep(header, role, rule, kept[header.name])
     if rule is None or rule.scheme is None:
         key = rule.key if rule else "default"
         reason = f"asked by {key}" if rule else role.reason
@@ -159,6 +165,13 @@ def _not_quantizable(header: TensorHeader, role: Role, scheme: Scheme, is_tied: 
     if role.kind in ("embedding", "lm_head"):
         return embedding_problem(role, scheme, tied=is_tied)
     return None
+
+
+def _keep(header: TensorHeader, role: Role, rule: _Rule | None, kept: Kept) -> Claim:
+    """Bit-exact, as the source stores it."""
+    asked = rule is not None and rule.scheme is not None and bool(rule.patterns)
+    reason = "compressed in the source" + (f": {rule.key} does not apply" if rule and asked else "")
+    return Claim(header, role, "keep", "model.from", reason, None, None, kept.outputs, kept.scheme)
 
 
 def _copy(header: TensorHeader, role: Role, rule: str, reason: str) -> Claim:
@@ -244,14 +257,16 @@ def _dialect_faults(claims: Sequence[Claim], dialect: Dialect) -> list[UserError
 
 def _split_fusions(claims: Sequence[Claim]) -> list[UserError]:
     """Parts that the engine fuses into one matrix must be stored alike."""
-    groups: dict[str, dict[Scheme | None, list[LinearPart]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[str, dict[Scheme | KeptScheme | None, list[LinearPart]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for claim in claims:
         for part in claim.role.parts:
             if part.expert is not None or EXPERTS in part.module:
                 # Engines run all experts of a layer in one kernel, and look at the first one only.
-                groups[part.module.partition(EXPERTS)[0] + EXPERTS][claim.scheme].append(part)
+                groups[part.module.partition(EXPERTS)[0] + EXPERTS][claim.stored].append(part)
             elif part.fuse_group is not None:
-                groups[part.fuse_group][claim.scheme].append(part)
+                groups[part.fuse_group][claim.stored].append(part)
     split = [by_scheme for by_scheme in groups.values() if len(by_scheme) > 1]
     if not split:
         return []

@@ -14,6 +14,7 @@ from compressor.calibration.check import check_calibration
 from compressor.calibration.pinned import pinned
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.kept import KeptSource
 from compressor.checkpoint.sources import open_source
 from compressor.dialects import DIALECTS
 from compressor.dialects.base import Dialect
@@ -22,6 +23,7 @@ from compressor.evals.base import SHIPPED_TASKS, EvalSpec
 from compressor.model.families import family_for
 from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers, unmeasured, walk_key
 from compressor.planner.claims import claim_tensors
+from compressor.planner.kept import kept_faults
 from compressor.planner.kv_bytes import full_context
 from compressor.planner.layout import group_units, pack_shards
 from compressor.planner.learned import learned_on_one_row, learned_twice
@@ -111,27 +113,20 @@ def make_plan(
     recipe = loaded.recipe
     output = (output or Path("out") / recipe.name).resolve()
     space = Workspace((workspace or output.parent / ".compress-workspace").resolve())
-    source = open_source(
-        recipe.model.source,
-        revision=recipe.model.revision,
-        sha256=recipe.model.sha256,
-        headers=data.find(recipe.model.headers, beside=loaded.folder) if recipe.model.headers else None,
-        beside=loaded.folder,
-        cache=space.hub,
-        planning=planning,
-        from_=recipe.model.from_,
-    )
+    source = _source(loaded, space.hub, planning)
     faults: list[UserError] = []
     evaluation = _collect(faults, lambda: evaluation_spec(loaded, full_context(source.config)))
     family = family_for(source.config)
     dialect = DIALECTS[recipe.export.format]
+    kept = source.kept if isinstance(source, KeptSource) else {}
     claims = _collect(
-        faults, lambda: claim_tensors(source.headers, source.config, family, recipe.weights, dialect)
+        faults, lambda: claim_tensors(source.headers, source.config, family, recipe.weights, dialect, kept)
     )
     if claims is None or faults:
         raise PlanError(_placed(faults, loaded))
     claims, warnings = settle_solvers(claims)
     faults += unmeasured(claims)
+    faults += kept_faults(claims, dialect, polished=recipe.weights.polish is not None)
     faults += learned_twice(claims)
     faults += oneshot_faults(claims, source, polished=recipe.weights.polish is not None)
     calibration = _calibration(loaded, source, claims, evaluation, faults, warnings, planning)
@@ -171,6 +166,21 @@ def make_plan(
     if faults:
         raise PlanError(_placed(faults, loaded))
     return plan
+
+
+def _source(loaded: LoadedRecipe, cache: Path, planning: bool) -> Source:
+    """The recipe's source, opened."""
+    said = loaded.recipe.model
+    return open_source(
+        said.source,
+        revision=said.revision,
+        sha256=said.sha256,
+        headers=data.find(said.headers, beside=loaded.folder) if said.headers else None,
+        beside=loaded.folder,
+        cache=cache,
+        planning=planning,
+        from_=said.from_,
+    )
 
 
 def _calibration(

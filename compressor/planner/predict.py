@@ -70,7 +70,7 @@ def rule_rows(claims: Sequence[Claim]) -> list[RuleRow]:
     """Claims summed by rule, what they become, and why."""
     grouped: dict[tuple[str, str, str], list[Claim]] = defaultdict(list)
     for claim in claims:
-        stored = claim.scheme.label if claim.scheme else _copied_as(claim)
+        stored = claim.stored.label if claim.stored else _copied_as(claim)
         grouped[claim.rule, stored, claim.reason].append(claim)
     rows = [
         RuleRow(

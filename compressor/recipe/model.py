@@ -69,12 +69,13 @@ class ModelSection(Section):
         description="Hex SHA-256 that the single .gguf file must have; the run stops if it differs.",
     )
     # Left out of what is written where nothing was said: recipes from before it existed stay the same bytes.
-    from_: Literal["dequantize"] | None = Field(
+    from_: Literal["dequantize", "keep"] | None = Field(
         default=None,
         alias="from",
         exclude_if=is_none,
         description="What becomes of weights that the source stores quantized (FP8 blocks, MXFP4, "
-        "compressed-tensors, ModelOpt): `dequantize` reads them as bfloat16. By default they are refused.",
+        "compressed-tensors, ModelOpt): `dequantize` reads them as bfloat16; `keep` carries those of "
+        "compressed-tensors into the result as they are, whatever rules say. By default they are refused.",
     )
     headers: Text | None = Field(
         default=None,

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from compressor.checkpoint.hub import HubUnavailable
+from compressor.checkpoint.kept import KeptSource
 from compressor.errors import CheckpointError, UserError
 from compressor.model.load import check_known, load_tokenizer
 from compressor.planner.plan import Plan, make_plan
@@ -104,6 +105,12 @@ def smoke(plan: Plan, progress: Progress) -> Smoke:
 
 def _check_early(plan: Plan) -> None:
     """What a run refuses before anything else, told from the real headers."""
+    if isinstance(plan.source, KeptSource):
+        raise UserError(
+            "--smoke makes random weights in 16 bit, and has none to keep",
+            where="model.from",
+            fix="try the recipe with `--set model.from=dequantize`",
+        )
     check_known(plan.source.config, plan.source.label)
     if plan.walk is not None:
         from compressor.model.tape import check_walkable

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from compressor.checkpoint.kept import KeptScheme
 from compressor.schemes.base import Scheme
 from compressor.solvers.base import Solver
 from compressor.spec import FLOAT_DTYPES, LinearPart, Role, TensorHeader
@@ -20,22 +21,29 @@ class Claim:
     Attributes:
         tensor: the source tensor.
         role: what it is to the model.
-        action: ``quantize`` or ``copy``.
+        action: ``quantize``, ``copy``, or ``keep``: the source stores it compressed, and so does the result.
         rule: the recipe's key that decided (``weights.scheme``, ``weights.rules.0``...), or ``default``.
-        reason: why it stays in 16 bit; "" when quantized.
+        reason: why it stays as it is; "" when quantized.
         scheme: how it is stored, when quantized.
         solver: how its values are chosen, when quantized.
         outputs: the exact tensors written.
+        kept: how it is stored, when kept; ``tensor`` is then what it decodes to.
     """
 
     tensor: TensorHeader
     role: Role
-    action: Literal["quantize", "copy"]
+    action: Literal["quantize", "copy", "keep"]
     rule: str
     reason: str
     scheme: Scheme | None
     solver: Solver | None
     outputs: tuple[TensorHeader, ...]
+    kept: KeptScheme | None = None
+
+    @property
+    def stored(self) -> Scheme | KeptScheme | None:
+        """How it is stored, by whoever's doing; None in 16 bit."""
+        return self.scheme or self.kept
 
     @property
     def result_bytes(self) -> int:

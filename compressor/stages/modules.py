@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.kept import KeptScheme
 from compressor.dialects.base import Modules
 from compressor.model.families import family_for, text_config, tied
 from compressor.model.names import module_of
@@ -14,15 +15,17 @@ from compressor.stages.base import Claim
 
 def modules_of(source: Source, claims: Sequence[Claim]) -> Modules:
     """What becomes of every module of the source that an engine could take for quantized."""
-    by_scheme: dict[Scheme, list[str]] = {}
+    by_scheme: dict[Scheme | KeptScheme, list[str]] = {}
     left: list[str] = []
     embeddings: list[str] = []
     fused_experts: list[str] = []
     ends = set()
     for claim in claims:
         modules = [part.module for part in claim.role.parts]
-        if claim.scheme is not None:
-            by_scheme.setdefault(claim.scheme, []).extend(modules)
+        if claim.kept is not None:
+            modules = [module_of(claim.tensor.name)]
+        if claim.stored is not None:
+            by_scheme.setdefault(claim.stored, []).extend(modules)
             if claim.role.kind in ("embedding", "lm_head"):
                 ends.update(modules)
         elif claim.role.kind in ("linear", "lm_head"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.kept import KeptSource
 from compressor.checkpoint.safetensors_writer import ShardWriter, shard_names
 from compressor.dialects.base import Dialect
 from compressor.errors import CheckpointError
@@ -97,6 +98,9 @@ def _write_shard(
                 claim, part = job.parts[0]
                 importance_I = norm_importance(source, claim.role.input_norm, part.in_features)
                 errors += _solve(job, tensors, importance_I, dialect, writer)
+            elif job.claims[0].kept is not None:
+                for output, tensor in zip(job.claims[0].outputs, tensors, strict=True):
+                    writer.write(output.name, tensor)
             else:
                 for claim, tensor in zip(job.claims, tensors, strict=True):
                     changed = None if walked is None else walked.changed(claim.tensor.name)
@@ -138,13 +142,21 @@ def _jobs(unit: Unit, leave_out: Set[str]) -> list[_Job]:
 
 def _read(source: Source, job: _Job) -> list[torch.Tensor]:
     if not job.parts:
-        return [source.read(claim.tensor.name) for claim in job.claims]
+        return [tensor for claim in job.claims for tensor in _read_whole(source, claim)]
     read: dict[tuple[str, int | None], torch.Tensor] = {}
     for claim, part in job.parts:
         key = (claim.tensor.name, part.expert)
         if key not in read:
             read[key] = source.read(claim.tensor.name, part.expert)
     return [extract(read[claim.tensor.name, part.expert], part) for claim, part in job.parts]
+
+
+def _read_whole(source: Source, claim: Claim) -> list[torch.Tensor]:
+    """The tensor, or, where it is kept, what the source stores for it in the order of the outputs."""
+    if claim.kept is None:
+        return [source.read(claim.tensor.name)]
+    assert isinstance(source, KeptSource), "only such a source has anything to keep"
+    return list(source.stored(claim.tensor.name).values())
 
 
 def _read_ahead(source: Source, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, list[torch.Tensor]]]:

@@ -79,7 +79,13 @@ def find_source(
         if local_path(model.source, beside) is None:
             progress.warn(f"the source {model.source} is on the Hub: {hint} {model.source}")
             return None
-        return open_source(model.source, sha256=model.sha256, beside=beside, from_=model.from_)
+        return open_source(
+            model.source,
+            sha256=model.sha256,
+            beside=beside,
+            # What is kept is compared by its values too.
+            from_=None if model.from_ is None else "dequantize",
+        )
     except UserError as error:
         progress.warn(f"the source that {RECIPE_FILE} names cannot be opened ({error.what}): {hint}")
         return None

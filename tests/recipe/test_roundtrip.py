@@ -108,7 +108,7 @@ RECIPES = st.builds(
         revision=st.none() | st.sampled_from(["main", "1e10", "0123456", "0" * 40, "refs/pr/1"]),
         sha256=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
         headers=st.none() | TEXTS,
-        **{"from": st.sampled_from([None, "dequantize"])},
+        **{"from": st.sampled_from([None, "dequantize", "keep"])},
     ),
     weights=st.builds(
         WeightsSection,

@@ -1,0 +1,59 @@
+"""What is kept of a compressed source: the stored tensors and the scheme, as its own config describes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor.checkpoint.kept import KeptSource
+from compressor.checkpoint.sources import open_source
+from compressor.errors import CheckpointError
+from tests.model.compressed import FORMATS, compress_folder
+from tests.tiny import tiny_llama
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+# W8A16 is a preset of groups, but made by hand with a scale for each row.
+PRESETS = [preset for preset in FORMATS if preset != "W8A16"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_format(preset: str, tmp_path: Path) -> None:
+    """All tensors of a matrix with their bits, the group of the config but for its targets, a name for it."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    plain = tiny_llama(tmp_path / "plain", hidden=128, intermediate=192, layers=1)
+    compress_folder(plain, tmp_path / "packed", preset)
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    source = open_source(str(tmp_path / "packed"), from_="keep")
+    assert isinstance(source, KeptSource)
+    assert len(source.kept) == 7
+    kept = source.kept[f"{Q_PROJ}.weight"]
+    found = source.stored(f"{Q_PROJ}.weight")
+    assert found.keys() == {name for name in stored if name.startswith(f"{Q_PROJ}.")}
+    assert list(found) == [header.name for header in kept.outputs]
+    for header in kept.outputs:
+        tensor = found[header.name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (stored[header.name].dtype, header.shape)
+        assert torch.equal(tensor.view(-1).view(torch.uint8), stored[header.name].view(-1).view(torch.uint8))
+    size = " g32" if preset.startswith("W4A16") else ""
+    assert kept.scheme.label == f"{preset}{size} (kept)"
+    described = kept.scheme.ct_scheme(["a", "b"])
+    assert described.targets == ["a", "b"]
+    assert described.weights is not None
+    args = preset_name_to_scheme(preset, []).weights
+    assert args is not None
+    assert (described.weights.num_bits, described.weights.type) == (args.num_bits, args.type)
+
+
+def test_modelopt_is_refused(tmp_path: Path) -> None:
+    """Its tensors have other names and shapes than a compressed-tensors result can describe."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    scales = {f"a.{name}": torch.tensor(0.5) for name in ("weight_scale", "input_scale")}
+    codes = {"a.weight": torch.ones(8, 8).to(torch.float8_e4m3fn)}
+    save_file(codes | scales, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"(?s)this source is ModelOpt FP8.*model.from: dequantize"):
+        open_source(str(tmp_path), from_="keep")
