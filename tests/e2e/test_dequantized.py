@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import compressor
 from compressor.checkpoint.sources import open_source
 from compressor.cli.main import _run as compress
 from compressor.errors import CheckpointError
+from compressor.model.load import load_source_model
 from compressor.progress import Silent
 from compressor.verify.inputs import find_source, own_folder, plain_folder
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_model, tokens_of_bytes
 
 from .cases import write_recipe
 
@@ -112,6 +114,78 @@ def test_commands(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = find_source(output, None, None, folder / "cache", Silent())
     assert source is not None
     assert (source.kind, own_folder(source)) == ("dequantized", None)
+
+
+def _fp8_experts(folder: Path) -> None:
+    """Turns the projections of a model into FP8 blocks of 16 x 16, as DeepSeek-V3 stores them."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, weight in list(tensors.items()):
+        if name.endswith("_proj.weight"):
+            rows, columns = weight.shape[0] // 16, weight.shape[1] // 16
+            blocks = weight.float().reshape(rows, 16, columns, 16)
+            scale = blocks.abs().amax((1, 3)) / 448
+            codes = blocks / scale[:, None, :, None]
+            tensors[name] = codes.reshape(weight.shape).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale
+    _rewrite(folder, tensors, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]})
+
+
+def _mxfp4_experts(folder: Path) -> None:
+    """Gives a gpt-oss random experts in MXFP4."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, wide, rows = tensors.pop(name).shape
+        codes = torch.randint(256, (experts, rows, wide // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = codes
+        tensors[f"{name}_scales"] = torch.randint(121, 124, codes.shape[:3], dtype=torch.uint8)
+    _rewrite(folder, tensors, {"quant_method": "mxfp4"})
+
+
+def _rewrite(folder: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> None:
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_other_methods(family: str, root: Path, tmp_path: Path) -> None:
+    """DeepSeek-V3 in FP8 and gpt-oss in MXFP4: the model that transformers dequantizes, and a run on it."""
+    import transformers
+
+    widths = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    widths |= {"num_experts_per_tok": 2, **tokens_of_bytes()}
+    if family == "gpt_oss":
+        config: Any = transformers.GptOssConfig(
+            **widths, num_local_experts=4, num_key_value_heads=2, head_dim=16, rope_parameters=None
+        )
+        tiny_model(tmp_path / "m", transformers.GptOssForCausalLM, config, torch.bfloat16)
+        _mxfp4_experts(tmp_path / "m")
+        how: Any = transformers.Mxfp4Config(dequantize=True)
+    else:
+        heads = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16}
+        experts = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32}
+        config = transformers.DeepseekV3Config(
+            **widths, **heads, **experts, v_head_dim=16, first_k_dense_replace=1, num_key_value_heads=4
+        )
+        tiny_model(tmp_path / "m", transformers.DeepseekV3ForCausalLM, config, torch.bfloat16)
+        _fp8_experts(tmp_path / "m")
+        how = transformers.FineGrainedFP8Config(weight_block_size=(16, 16), dequantize=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", quantization_config=how, dtype=torch.bfloat16
+    ).float()
+    ours = load_source_model(open_source(str(tmp_path / "m"), from_="dequantize"), torch.float32)
+    mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert mine.keys() == other.keys()
+    for name, parameter in mine.items():
+        assert torch.equal(parameter, other[name]), name
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {{source: {json.dumps(str(tmp_path / 'm'))}, from: dequantize}}\nweights: {{scheme: int8}}\n"
+        f"evaluate: {{text: {json.dumps(str(root / 'heldout.txt'))}, tokens: 128, context: 64}}\n"
+    )
+    report = compressor.run(recipe, output=tmp_path / "out").report
+    assert report.quality is not None
+    assert report.quality.kl.mean < 0.1
 
 
 def test_nothing_to_dequantize(root: Path, tmp_path: Path) -> None:
