@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from compressor.checkpoint.packed import SIXTEEN_BIT, Layout, Packed, check_fini
 from compressor.checkpoint.packed_fp8 import fp8_layout
 from compressor.checkpoint.packed_modules import module_layout
 from compressor.checkpoint.packed_mxfp4 import mxfp4_layout
+from compressor.checkpoint.safetensors_file import torch_dtype
 from compressor.errors import CheckpointError
+from compressor.model.unfused import Fused, fused_experts
 from compressor.spec import TensorHeader
 
 if TYPE_CHECKING:
@@ -27,7 +29,10 @@ class DequantizedSource:
     """A quantized source with its weights decoded to bfloat16, tensor by tensor, under their plain names.
 
     Attributes as ``Source`` describes them. ``config`` has no ``quantization_config``; scales are no tensors
-    of their own any more.
+    of their own any more, and experts that were written one by one are fused again where their family's are.
+
+    Attributes:
+        stored_bytes: of all tensors as they lie.
 
     Args:
         stored: the same source, opened as it lies.
@@ -43,7 +48,10 @@ class DequantizedSource:
         self.label, self.revision, self.license = stored.label, stored.revision, stored.license
         self._layout = layout = _layout_of(stored, how).checked(stored.headers)
         self.config: dict[str, Any] = without_quantization(stored.config)
-        self.headers: Mapping[str, TensorHeader] = _plain_headers(stored.headers, layout)
+        self.stored_bytes = sum(header.nbytes for header in stored.headers.values())
+        self._single = _plain_headers(stored.headers, layout)
+        self._fused = {fused.header.name: fused for fused in fused_experts(self._single, self.config)}
+        self.headers: Mapping[str, TensorHeader] = _with_fused(self._single, self._fused.values())
         left = "; its KV-cache scales are left out" if layout.dropped else ""
         note = f"dequantized from {layout.described} to bfloat16{left}"
         self.note = f"{stored.note}; {note}" if stored.note else note
@@ -51,6 +59,8 @@ class DequantizedSource:
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """See ``Source.read``: bf16 where the tensor is stored quantized, else as it lies."""
+        if name in self._fused:
+            return self._read_fused(self._fused[name], index)
         packed = self._layout.tensors.get(name)
         if packed is None:
             return self._stored.read(name, index)
@@ -69,6 +79,18 @@ class DequantizedSource:
     def gguf_file(self) -> str | None:
         """None: the weights are safetensors."""
         return None
+
+    def _read_fused(self, fused: Fused, index: int | None) -> torch.Tensor:
+        """Experts that are stored one by one, or one of them as it lies in the fused tensor."""
+        import torch
+
+        if index is not None:
+            weights_OI = [self.read(f"{part.module}.weight") for part in fused.parts[index]]
+            return fused.expert(index, weights_OI)
+        found = torch.empty(fused.header.shape, dtype=torch_dtype(fused.header.dtype))
+        for number in range(len(found)):
+            found[number] = self._read_fused(fused, number)
+        return found
 
     def _decoded(self, packed: Packed, expert: int | None) -> torch.Tensor:
         parts = {local: self._stored.read(name, expert) for local, name in packed.parts.items()}
@@ -128,3 +150,10 @@ def _plain_headers(headers: Mapping[str, TensorHeader], layout: Layout) -> dict[
         elif name not in gone:
             found[name] = header
     return found
+
+
+def _with_fused(headers: Mapping[str, TensorHeader], fused: Iterable[Fused]) -> dict[str, TensorHeader]:
+    """In file order; a fused tensor stands where its first part does."""
+    of_member = {name: one.header for one in fused for name in one.members()}
+    listed = [of_member.get(name, header) for name, header in headers.items()]
+    return {header.name: header for header in listed}

@@ -76,6 +76,12 @@ class KeptSource(DequantizedSource):
             raise CheckpointError(
                 f"model.from: keep does not carry scales of a KV cache: {name}", where=self.label, fix=_FIX
             )
+        if self._fused:
+            raise CheckpointError(
+                f"model.from: keep does not carry experts one by one, such as {min(self._fused)}",
+                where=self.label,
+                fix=_FIX,
+            )
         described = {name: _described(scheme) for name, scheme in layout.schemes.items()}
         self.kept: Mapping[str, Kept] = {
             name: Kept(

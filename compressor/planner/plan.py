@@ -14,6 +14,7 @@ from compressor.calibration.check import check_calibration
 from compressor.calibration.pinned import pinned
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.dequantized import DequantizedSource
 from compressor.checkpoint.kept import KeptSource
 from compressor.checkpoint.sources import open_source
 from compressor.dialects import DIALECTS
@@ -135,7 +136,7 @@ def make_plan(
     polish = None if walk is None else _polish(loaded, source, walk, claims, faults, warnings)
     units = group_units(claims)
     # Only Hub sources have a revision: their shards are downloaded into the workspace.
-    download = sum(header.nbytes for header in source.headers.values()) if source.revision else 0
+    download = _stored_bytes(source) if source.revision else 0
     prediction = predict(claims, units, source.config, download)
     for part in (walk, oneshot, polish):
         if part is not None:
@@ -181,6 +182,13 @@ def _source(loaded: LoadedRecipe, cache: Path, planning: bool) -> Source:
         planning=planning,
         from_=said.from_,
     )
+
+
+def _stored_bytes(source: Source) -> int:
+    """Bytes of the source's tensors as they lie."""
+    if isinstance(source, DequantizedSource):
+        return source.stored_bytes
+    return sum(header.nbytes for header in source.headers.values())
 
 
 def _calibration(
