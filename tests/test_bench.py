@@ -185,7 +185,9 @@ def result(**rows: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_table_divides_by_the_bare_forward_and_says_what_is_unequal() -> None:
     """Every cell of one row, and the notes."""
-    text = render(result(ours=row(), theirs=row(32.0, 117_000_000)))
+    theirs = row(32.0, 117_000_000, activations_simulated=False)
+    text = render(result(ours=row(activations_simulated=True), theirs=theirs))
+    assert "only the weights are measured: theirs." in text
     cells = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
     assert cells == ["ours", "54.0 (50.0–61.0)", "2.0", "100", "1.80", "116.5", "30.000", "+15.7%", "0.1000"]
     assert "stored bytes are not equal" in text

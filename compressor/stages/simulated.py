@@ -24,8 +24,10 @@ _Owner = tuple[str, str, str]
 def simulate_activations(loaded: LoadedCheckpoint, checkpoint: Path, source: Source) -> LoadedCheckpoint:
     """The same model with inputs rounded as the checkpoint says, where it was loaded without.
 
-    Left as it is where that cannot be told of every matrix: one outside of the blocks, one whose input cannot
-    be heard, or experts of one layer whose inputs are rounded in different ways.
+    Experts of one layer whose stored ranges differ share the largest, as vLLM 0.32 takes them
+    (flashinfer_fp4_moe.py amax_for_moe_activation_quant). Left as it is where the rounding cannot be told of
+    every matrix: one outside of the blocks, one whose input cannot be heard, or experts of one layer whose
+    inputs are rounded in different ways.
 
     Args:
         loaded: of the checkpoint; its modules are changed.
@@ -61,10 +63,21 @@ def _places(source: Source) -> dict[str, tuple[Place, ...]]:
     }
 
 
+def _wider_scale(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Of scales that inputs are divided by."""
+    return one.maximum(other)
+
+
+def _wider_global_scale(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Of scales that inputs are multiplied by."""
+    return one.minimum(other)
+
+
+_WIDER = {"input_scale": _wider_scale, "input_global_scale": _wider_global_scale}
+
+
 def _roundings(weights: StoredWeights, places: dict[str, tuple[Place, ...]]) -> dict[_Owner, Rounding] | None:
     """What each layer does to its inputs; None where that is not known of all."""
-    import torch
-
     stored = {module: weights.scheme(module).input_activations for module in weights.modules}
     rounding = {module for module, args in stored.items() if args is not None}
     told: dict[_Owner, tuple[QuantizationArgs, dict[str, torch.Tensor]]] = {}
@@ -78,9 +91,12 @@ def _roundings(weights: StoredWeights, places: dict[str, tuple[Place, ...]]) -> 
                 continue
             rounding.remove(module)
             scales = {name: x for name, x in weights.local(module).items() if name.startswith("input_")}
-            first, others = told.setdefault(owner, (args, scales))
-            if first != args or any(not torch.equal(others[name], x) for name, x in scales.items()):
+            first, widest = told.setdefault(owner, (args, scales))
+            # Zero points, which some other tool may store, cannot be shared.
+            if first != args or not widest.keys() == scales.keys() <= _WIDER.keys():
                 return None
+            for name, x in scales.items():
+                widest[name] = _WIDER[name](widest[name], x)
     if rounding or any(len(answers) > 1 for answers in reached.values()):
         return None
     return {owner: _rounding(args, scales) for owner, (args, scales) in told.items()}

@@ -72,6 +72,9 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     if len(sizes) > 1:
         notes.append("The stored bytes are not equal: see the column.")
     notes += [f"{name}: {row['helped']}." for name, row in done.items() if row.get("helped")]
+    unrounded = [name for name, row in done.items() if row.get("activations_simulated") is False]
+    if unrounded:
+        notes.append(f"Inputs not rounded, so that only the weights are measured: {'; '.join(unrounded)}.")
     elsewhere = [name for name, row in done.items() if row["evaluated_by"] != "compress eval"]
     if elsewhere:
         notes.append(f"Evaluated by {_ELSEWHERE}: {'; '.join(elsewhere)}.")

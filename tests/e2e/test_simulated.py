@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import compressor
 from compressor.checkpoint.folder import FolderSource
@@ -79,6 +80,28 @@ def test_experts(scheme: str, tmp_path: Path) -> None:
     of_experts = _logits(rounded)
     assert not torch.equal(of_experts, plain)
     assert not torch.equal(of_experts, both)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "local"), [("nvfp4", "input_global_scale"), ("fp8_static", "input_scale")]
+)
+def test_experts_of_several_ranges(scheme: str, local: str, tmp_path: Path) -> None:
+    """As other tools write them: all of a layer's experts share the largest, so that ours is the result."""
+    folder = tiny_llama4(tmp_path / "llama4", hidden=128, intermediate=128, heads=2, kv_heads=2)
+    source = FolderSource(folder)
+    made = _made(tmp_path, folder, f"{{scheme: {scheme}}}")
+    expected = _logits(simulate_activations(_loaded(made, source), made, source))
+    file = made / "model.safetensors"
+    tensors = load_file(file)
+    narrower = 2.0 if scheme == "nvfp4" else 0.5
+    changed = [name for name in tensors if f".experts.1.down_proj.{local}" in name]
+    assert changed
+    for name in changed:
+        tensors[name] *= narrower
+    save_file(tensors, file)
+    rounded = simulate_activations(_loaded(made, source), made, source)
+    assert rounded.activations_simulated
+    assert torch.equal(_logits(rounded), expected)
 
 
 def test_not_told_of_all(tmp_path: Path) -> None:
