@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressor.checkpoint.kept import KeptScheme
@@ -29,6 +29,7 @@ class Modules:
         left_16bit: linear modules that are not quantized, output head, routers and towers included.
         embeddings: embeddings that are not quantized.
         ends: which of the quantized modules are embeddings or output heads.
+        aliases: module -> its names in transformers, where it renames those of checkpoints.
         fused_experts: tensors of experts that are copied as they are, all experts in one.
         renamed: whether engines rename modules on loading, as they do where there are towers.
     """
@@ -39,6 +40,11 @@ class Modules:
     ends: frozenset[str] = frozenset()
     fused_experts: Sequence[str] = ()
     renamed: bool = False
+    aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def with_aliases(self, modules: Sequence[str]) -> list[str]:
+        """The modules by all of their names."""
+        return [*modules, *(alias for module in modules for alias in self.aliases.get(module, ()))]
 
 
 @dataclass(frozen=True)

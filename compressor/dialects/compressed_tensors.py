@@ -33,10 +33,10 @@ class CompressedTensors(Dialect):
 
     def describe(self, modules: Modules) -> Description:
         """``quantization_config`` as ``checkpoint.hf_config`` builds it; no further files."""
-        # Engines that rename modules map plain names only.
+        # vLLM maps the names that a checkpoint has, plain ones only; transformers matches its own modules'.
         config = quantization_config(
-            modules.by_scheme,
-            modules.left_16bit,
+            {scheme: modules.with_aliases(names) for scheme, names in modules.by_scheme.items()},
+            modules.with_aliases(modules.left_16bit),
             modules.ends,
             exact=modules.renamed,
             ignored=expert_patterns(modules.fused_experts, exact=modules.renamed),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.checkpoint.modelopt import CONFIG_NAME
 from compressor.errors import CheckpointError
+from compressor.model.architecture import auto_classes, model_class
 from compressor.model.decode import FusedTensor, StoredWeights, as_compressed_tensors, decoded_tensors
 from compressor.model.quiet import quiet
 
@@ -199,9 +200,8 @@ def _read_config(folder: Path) -> Any:
 def _from_folder(folder: Path, config: Any) -> Any:
     """Model and loading info by transformers' own loader; float32 keeps the scales exact."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_classes(config)[0].from_pretrained(
         folder,
         config=config,
         dtype=torch.float32,
@@ -222,13 +222,10 @@ def _from_source(source: Source) -> Any:
 
 def _from_tensors(config: Any, tensors: dict[str, torch.Tensor]) -> Any:
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     # The auto class wants a path even where the weights are given.
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if model_class.config_class is config.sub_configs.get("text_config"):  # as the auto class does
-        config = config.get_text_config()
-    return model_class.from_pretrained(
+    chosen, config = model_class(config)
+    return chosen.from_pretrained(
         None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
     )
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-CHATTY_LOGGERS = ("lm_eval", "accelerate", "datasets")
+CHATTY_LOGGERS = ("lm_eval", "accelerate", "datasets", "compressed_tensors")
 
 
 @contextmanager

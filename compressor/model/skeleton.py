@@ -16,6 +16,7 @@ from torch import nn
 
 from compressor.checkpoint.base import Source
 from compressor.errors import CheckpointError
+from compressor.model.architecture import model_class
 from compressor.model.load import refuse_fetched_kernels
 from compressor.model.quiet import quiet
 
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def build_skeleton(source: Source) -> PreTrainedModel:
+def build_skeleton(source: Source, *, images: bool = False) -> PreTrainedModel:
     """The model of the source's config in evaluation mode, every parameter on the meta device.
 
-    Its buffers are there too; see ``compute_buffers``.
+    Its buffers are there too; see ``compute_buffers``. With ``images`` it is the class that takes images
+    besides text, where there are two.
 
     Raises:
         CheckpointError: transformers does not know the architecture, or cannot build it; or the config asks
@@ -34,7 +36,7 @@ def build_skeleton(source: Source) -> PreTrainedModel:
     """
     refuse_fetched_kernels(source.config, source.label)
     with library_faults(source.label, "cannot be built"), quiet(), torch.no_grad():
-        model = _on_meta(source.config)
+        model = _on_meta(source.config, images)
         model.eval()
         return model
 
@@ -95,9 +97,8 @@ def library_faults(where: str, what: str, *, fix: str = "") -> Iterator[None]:
         raise CheckpointError(f"{what}: {type(error).__name__}: {reason}", where=where, fix=fix) from error
 
 
-def _on_meta(raw: dict[str, Any]) -> PreTrainedModel:
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-    from transformers.models.auto.auto_factory import _get_model_class
+def _on_meta(raw: dict[str, Any], images: bool) -> PreTrainedModel:
+    from transformers import CONFIG_MAPPING
     from transformers.utils import ContextManagers
 
     model_type = raw.get("model_type")
@@ -106,11 +107,7 @@ def _on_meta(raw: dict[str, Any]) -> PreTrainedModel:
     config_class = CONFIG_MAPPING[model_type]
     # config.json has infinity as an object.
     config = config_class.from_dict(config_class._decode_special_floats(deepcopy(raw)))
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise CheckpointError(f"transformers has no causal language model of model_type {model_type!r}")
-    model_class = _get_model_class(config, AutoModelForCausalLM._model_mapping)
-    if model_class.config_class is config.sub_configs.get("text_config"):  # as the auto class does
-        config = config.get_text_config()
+    chosen, config = model_class(config, images=images)
     # The evaluation's loader reads into float32 and casts the parameters afterwards (load.py).
     nested = (getattr(config, key, None) for key in config.sub_configs)
     for part in (config, *(found for found in nested if found is not None)):
@@ -118,8 +115,8 @@ def _on_meta(raw: dict[str, Any]) -> PreTrainedModel:
         # Collected from the blocks, which are not there, and nobody asks for them.
         if getattr(part, "output_router_logits", False):
             part.output_router_logits = False
-    with ContextManagers(model_class.get_init_context(torch.float32, False, False, False)):
-        model: PreTrainedModel = model_class(config)
+    with ContextManagers(chosen.get_init_context(torch.float32, False, False, False)):
+        model: PreTrainedModel = chosen(config)
     return model
 
 

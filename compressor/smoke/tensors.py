@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import CheckpointError
+from compressor.model.architecture import model_class
 from compressor.model.quiet import quiet
 from compressor.model.skeleton import library_faults
 from compressor.smoke.config import parsed
@@ -78,8 +79,7 @@ def declared_class(raw: Mapping[str, Any], config: Any, where: str) -> type[PreT
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     with library_faults(where, "transformers has no causal language model for it"):
-        model: type[PreTrainedModel] = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-        return model
+        return model_class(config)[0]
 
 
 def _known_shapes(raw: Mapping[str, Any], names: Iterable[str], where: str) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from compressor.checkpoint.safetensors_file import read_header
 from compressor.checkpoint.safetensors_writer import shard_names, write_index
 from compressor.dialects.base import Dialect
 from compressor.errors import CheckpointError
+from compressor.model.aliases import linear_aliases
 from compressor.stages.base import Shard
 from compressor.stages.modules import modules_of
 from compressor.workspace import write_json
@@ -39,7 +40,7 @@ def assemble(source: Source, shards: Sequence[Shard], dialect: Dialect, streamed
     )
     source.write_side_files(folder)
     claims = [claim for shard in shards for unit in shard.units for claim in unit.claims]
-    described = dialect.describe(modules_of(source, claims))
+    described = dialect.describe(modules_of(source, claims, linear_aliases(source)))
     narrowed = any(
         claim.action == "copy" and claim.outputs[0].dtype != claim.tensor.dtype for claim in claims
     )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.kept import KeptScheme
 from compressor.dialects.base import Modules
-from compressor.model.families import family_for, text_config, tied
+from compressor.model.families import family_for, is_wrapper, tied
 from compressor.model.names import module_of
 from compressor.schemes.base import Scheme
 from compressor.stages.base import Claim
 
 
-def modules_of(source: Source, claims: Sequence[Claim]) -> Modules:
-    """What becomes of every module of the source that an engine could take for quantized."""
+def modules_of(
+    source: Source, claims: Sequence[Claim], aliases: Mapping[str, Sequence[str]] | None = None
+) -> Modules:
+    """What becomes of every module of the source that an engine could take for quantized.
+
+    ``aliases``: other names of its linear layers (``model.aliases.linear_aliases``).
+    """
     by_scheme: dict[Scheme | KeptScheme, list[str]] = {}
     left: list[str] = []
     embeddings: list[str] = []
@@ -45,5 +50,6 @@ def modules_of(source: Source, claims: Sequence[Claim]) -> Modules:
         embeddings=embeddings,
         ends=frozenset(ends),
         fused_experts=fused_experts,
-        renamed=text_config(source.config) is not source.config or family_for(source.config).renamed,
+        aliases=aliases or {},
+        renamed=is_wrapper(source.config) or family_for(source.config).renamed,
     )

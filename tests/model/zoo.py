@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.model.wrappers import WRAPPERS
 from tests.tiny import tiny_model, tokens_of_bytes
 
 _COMMON: dict[str, Any] = {
@@ -62,28 +62,6 @@ def _of(model: str, config: str, *, common: bool = True, **more: Any) -> Callabl
 
 def _gpt(model: str, config: str, **more: Any) -> Callable[[Path], Path]:
     return _of(model, config, common=False, **more)
-
-
-def _llama4_with_tower(folder: Path) -> Path:
-    """Text and vision, as the checkpoints of Scout are; its blocks are not the tower's, though fewer."""
-    from transformers import Llama4Config, Llama4ForConditionalGeneration
-
-    tower = {
-        **{name: _COMMON[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")},
-        "num_hidden_layers": 3,
-        "image_size": 28,
-        "patch_size": 14,
-        "vision_output_dim": 32,
-        "projector_input_dim": 32,
-        "projector_output_dim": 32,
-    }
-    text = {"intermediate_size_mlp": 40, "num_local_experts": 4, "attention_chunk_size": 8}
-    config = Llama4Config(
-        text_config={**tokens_of_bytes(), **_COMMON, **text}, vision_config=tower, tie_word_embeddings=False
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the tower's rotary table is complex, and not saved
-        return tiny_model(folder, Llama4ForConditionalGeneration, config, torch.float32)
 
 
 FAMILIES: Mapping[str, Callable[[Path], Path]] = {
@@ -158,7 +136,6 @@ FAMILIES: Mapping[str, Callable[[Path], Path]] = {
         num_hidden_layers=4,
         attention_chunk_size=8,
     ),
-    "llama4_with_tower": _llama4_with_tower,
     "mixtral": _of("MixtralForCausalLM", "MixtralConfig", num_local_experts=4),
     "qwen2_moe": _of("Qwen2MoeForCausalLM", "Qwen2MoeConfig", shared_expert_intermediate_size=24, **_EXPERTS),
     "qwen3_moe": _of("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **_EXPERTS),
@@ -254,6 +231,7 @@ FAMILIES: Mapping[str, Callable[[Path], Path]] = {
         n_group=1,
         topk_group=1,
     ),
+    **WRAPPERS,
 }
 
 # Known to transformers, but not to be replayed block by block: name -> (maker, why).

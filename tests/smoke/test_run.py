@@ -92,6 +92,15 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert found.report.quality is not None
 
 
+def test_a_wrapper_of_full_size(tmp_path: Path) -> None:
+    """Gemma 3 with its tower: transformers calls every module otherwise than the checkpoint."""
+    headers = write_headers(tmp_path / "headers", CONFIGS["gemma3"]())
+    model = f"{{source: {REPO}, headers: {headers}}}"
+    found = _smoked(_recipe(tmp_path, model, "{scheme: nvfp4a16}", "evaluate: null"), tmp_path / "o" / "out")
+    assert found.layers.kept == 6  # five of sliding attention to one of full attention
+    assert found.report.quality is not None
+
+
 def test_a_local_folder(tmp_path: Path) -> None:
     """With its own tokenizer; layers that the recipe treats otherwise are kept; a gate fails nothing."""
     model = tiny_llama(tmp_path / "model", layers=5, shards=2)

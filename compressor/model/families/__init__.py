@@ -19,8 +19,9 @@ from compressor.model.families.jamba import JAMBA
 from compressor.model.families.llama import LlamaFamily
 from compressor.model.families.llama4 import Llama4Family
 from compressor.model.families.mixtures import GLM4_MOE, MIXTRAL, QWEN_MOE
-from compressor.model.families.naming import block_index, member_rows, text_config
+from compressor.model.families.naming import block_index, is_wrapper, member_rows, text_config
 from compressor.model.families.qwen3_next import QWEN3_NEXT
+from compressor.model.families.qwen_vl import QwenVlFamily
 
 __all__ = [
     "BUILTINS",
@@ -28,6 +29,7 @@ __all__ = [
     "embedding_problem",
     "families",
     "family_for",
+    "is_wrapper",
     "member_rows",
     "text_config",
     "tied",
@@ -45,6 +47,7 @@ BUILTINS: tuple[Family, ...] = (
     GLM4_MOE,
     DEEPSEEK,
     JAMBA,
+    QwenVlFamily(),
 )
 
 

@@ -22,7 +22,10 @@ _LINEAR = re.compile(
 # (transformers 5.17 modeling_*.py). OLMo 2 normalizes outputs instead.
 _PRE_NORM = {
     **dict.fromkeys(
-        ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3", "granite"),
+        (
+            *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3", "granite"),
+            *("qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text"),
+        ),
         ("input_layernorm", "post_attention_layernorm", 0.0),
     ),
     "gemma": ("input_layernorm", "post_attention_layernorm", 1.0),

@@ -54,6 +54,11 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def is_wrapper(config: dict[str, Any]) -> bool:
+    """Whether the language model has towers beside it, whose config lies in or beside its own."""
+    return text_config(config) is not config or isinstance(config.get("vision_config"), dict)
+
+
 def leaf(module: str) -> str:
     """Last component of a module name."""
     return module.rpartition(".")[2]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from compressor.model.architecture import model_class
 from compressor.model.families import family_for
 from compressor.model.families.naming import common_role
 from compressor.report.words import short_name
@@ -128,7 +129,7 @@ def _build(config: dict[str, Any]) -> PreTrainedModel:
     fits = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     chosen = found if fits and isinstance(made, getattr(found, "config_class", None) or ()) else None
     if chosen is None:
-        chosen = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(made)]
+        chosen, made = model_class(made)
     with (
         torch.device("meta"),
         initialization.no_init_weights(),
