@@ -27,11 +27,19 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Everything beside weights and config.json that an engine or a reader of the result wants.
 _SIDE_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v[0-9]*", "tekken.json"),
-    *("spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "special_tokens_map.json"),
+    *(
+        "spiece.model",
+        "sentencepiece.model",
+        "sentencepiece.bpe.model",
+        "*.tiktoken",
+        "special_tokens_map.json",
+    ),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json"),
     *("chat_template.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *("video_preprocessor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+    *("video_preprocessor_config.json", "image_processor_config.json", "feature_extractor_config.json"),
 )
+# Written in either case.
+_LEGAL_FILES = ("license*", "licence*", "notice*", "copying*", "use_policy*")
 # A folder of further templates, as transformers saves them (utils/hub.py CHAT_TEMPLATE_DIR).
 TEMPLATES_FOLDER = "additional_chat_templates"
 # What a killed writer leaves, here and in the workspace: never part of a checkpoint.
@@ -53,7 +61,9 @@ def is_side_file(name: str) -> bool:
     folder, _, file = name.rpartition("/")
     if folder:
         return folder == TEMPLATES_FOLDER and fnmatchcase(file, "*.jinja")
-    return any(fnmatchcase(file, pattern) for pattern in _SIDE_FILES)
+    return any(fnmatchcase(file, pattern) for pattern in _SIDE_FILES) or any(
+        fnmatchcase(file.lower(), pattern) for pattern in _LEGAL_FILES
+    )
 
 
 def weight_files(names: Collection[str], where: str) -> str:

@@ -79,6 +79,15 @@ def test_side_files_of_other_tokenizers(original: Path, tmp_path: Path) -> None:
         ("tokenizer.model.values", False),
         ("LICENSE-2.0", True),
         ("LICENSE\udcff", False),
+        ("License.txt", True),
+        ("notice.md", True),
+        ("COPYING", True),
+        ("license.tmp-1", False),
+        ("processor_config.json", True),
+        ("preprocessor_config.json", True),
+        ("video_preprocessor_config.json", True),
+        ("chat_template.json", True),
+        ("processing_evil.py", False),
     ],
 )
 def test_names_of_side_files(name: str, carried: bool) -> None:
