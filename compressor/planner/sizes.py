@@ -22,6 +22,8 @@ _ASSUMED_VOCABULARY = 128_000
 _ROUTED = ".experts."
 # How many experts there are, and how many a token passes, as configs of transformers 5.17 spell it.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Residual streams beside one another (DeepSeek-V4's hyper-connections).
+_STREAMS = ("hc_mult",)
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k")
 
 
@@ -31,8 +33,8 @@ def planned_device() -> Device:
 
 
 def hidden_size(config: dict[str, Any]) -> int:
-    """Width of the hidden states; a large one where the config does not say."""
-    return _number(config, ("hidden_size",)) or _ASSUMED_HIDDEN
+    """Width of the hidden states, all parallel streams together; a large one where the config has none."""
+    return (_number(config, ("hidden_size",)) or _ASSUMED_HIDDEN) * (_number(config, _STREAMS) or 1)
 
 
 def vocabulary_size(config: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.kept import KeptScheme
 from compressor.dialects.base import Modules
-from compressor.model.families import family_for, is_wrapper, tied
+from compressor.model.families import renames_modules, tied
 from compressor.model.names import module_of
 from compressor.schemes.base import Scheme
 from compressor.stages.base import Claim
@@ -51,5 +51,5 @@ def modules_of(
         ends=frozenset(ends),
         fused_experts=fused_experts,
         aliases=aliases or {},
-        renamed=is_wrapper(source.config) or family_for(source.config).renamed,
+        renamed=renames_modules(source.config),
     )

@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import compressor
 from compressor.checkpoint.folder import FolderSource
 from compressor.model.decode import StoredWeights, fused_tensors
-from compressor.model.load import load_checkpoint_model, set_dtype
+from compressor.model.load import load_checkpoint_model
 from compressor.progress import Silent
 from tests.model.wrappers import WRAPPERS, image_prompt
 
 from .cases import write_recipe
+from .decoded import logits, reference
 
 TOWERS = ("vision", "visual", "multi_modal_projector")
 SCHEMES = {
@@ -60,22 +61,6 @@ def renamed(name: str, prefixes: dict[str, str]) -> str:
     return name
 
 
-def reference(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], weights: StoredWeights) -> Any:
-    """The source's tensors as the checkpoint has them: decoded where quantized, experts put together."""
-    tensors = {key: after.get(key, tensor).float() for key, tensor in before.items()}
-    for module in weights.modules:
-        weight_OI = weights.weight(module)
-        owner, experts, rest = module.partition(".experts.")
-        if not experts:
-            tensors[f"{module}.weight"] = weight_OI
-            continue
-        number, leaf = rest.split(".")
-        fused_EIO = tensors[f"{owner}.experts.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"]
-        start = weight_OI.shape[0] if leaf == "up_proj" else 0
-        fused_EIO[int(number), :, start : start + weight_OI.shape[0]] = weight_OI.T
-    return tensors
-
-
 def check_names(
     config: dict[str, Any], weights: StoredWeights, linear: set[str], prefixes: dict[str, str]
 ) -> None:
@@ -88,14 +73,6 @@ def check_names(
         name = renamed(module, prefixes)
         is_quantized = name not in ignored and bool(targets & {"Linear", name})
         assert is_quantized == (module in weights.modules), module
-
-
-@torch.no_grad()
-def logits(model: Any, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What it makes of a prompt, with parameters rounded to bfloat16, as compressed-tensors decodes some."""
-    set_dtype(set_dtype(model, torch.bfloat16), torch.float32)
-    found: torch.Tensor = model(**prompt, use_cache=False).logits
-    return found
 
 
 @pytest.mark.filterwarnings("ignore:.*ComplexHalf|.*complex:UserWarning")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from torch import nn
 
 from compressor.errors import UserError
 from compressor.model import families as registry
-from compressor.model.families import BUILTINS, embedding_problem, family_for, is_wrapper, text_config, tied
+from compressor.model.families import BUILTINS, embedding_problem, family_for, text_config, tied
 from compressor.model.families.base import Family
 from compressor.model.families.generic import GenericFamily
 from compressor.model.families.llama import LlamaFamily
 from compressor.model.names import extract, insert, module_of
 from compressor.spec import Role, TensorHeader
-from tests.model.wrappers import WRAPPERS
 
 SMALL = {
     "vocab_size": 40,
@@ -211,35 +209,6 @@ def test_llama4_with_vision_keeps_the_tower_in_16_bit(tmp_path):
     tower = [role for name, role in found.items() if not name.startswith("language_model.")]
     assert len(tower) > 10
     assert {role.reason for role in tower} == {"tower or projector of another modality"}
-
-
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_wrappers_take_the_text_decoder_only(tmp_path, name):
-    """By the outer and by the text's model type; embeddings and heads are known under every prefix."""
-    folder = WRAPPERS[name](tmp_path)
-    config = transformers.AutoConfig.from_pretrained(folder).to_dict()
-    tensors = load_file(folder / "model.safetensors")
-    found = roles(tensors, config)
-    assert not family_for(config).inferred
-    towers = [name for name in tensors if re.search(r"vision|visual|projector", name)]
-    assert len(towers) > 10
-    assert {found[name].reason for name in towers} == {"tower or projector of another modality"}
-    linear = kinds(found, "linear")
-    assert len(linear) == 2 * (9 if name == "llama4_with_tower" else 7)
-    assert all(found[name].input_norm for name in linear if name.endswith(".q_proj.weight"))
-    assert len(kinds(found, "embedding")) == 1
-    assert len(kinds(found, "lm_head")) == (0 if name == "gemma3_with_tower" else 1)
-    assert is_wrapper(config)
-
-
-def test_a_flat_config_of_a_wrapper():
-    """Qwen2.5-VL as its checkpoints were first published."""
-    config = {"model_type": "qwen2_5_vl", "num_hidden_layers": 2, "vision_config": {"depth": 1}}
-    assert is_wrapper(config)
-    role = family_for(config).role(TensorHeader("model.layers.0.mlp.up_proj.weight", "BF16", (8, 8)), config)
-    assert role.kind == "linear"
-    assert role.input_norm is not None
-    assert not is_wrapper({"model_type": "llama"})
 
 
 GENERIC = {

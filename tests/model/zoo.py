@@ -35,6 +35,29 @@ _DEEPSEEK: dict[str, Any] = {
     "moe_intermediate_size": 24,
     "first_k_dense_replace": 1,
 }
+# One block of each kind of attention, routed by a table and by scores.
+_DEEPSEEK_V4: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 1,
+    "layer_types": [
+        *("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"),
+    ],
+    "mlp_layer_types": ["hash_moe", "moe", "moe"],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    "sliding_window": 8,
+    "q_lora_rank": 16,
+    "partial_rotary_factor": 0.5,
+    "o_groups": 2,
+    "o_lora_rank": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "index_topk": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "hc_mult": 2,
+    "num_nextn_predict_layers": 0,
+}
 _LINEAR_ATTENTION: dict[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
@@ -181,6 +204,7 @@ FAMILIES: Mapping[str, Callable[[Path], Path]] = {
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
     ),
+    "deepseek_v4": _of("DeepseekV4ForCausalLM", "DeepseekV4Config", **_DEEPSEEK_V4),
     "jamba": _of(
         "JambaForCausalLM",
         "JambaConfig",

@@ -13,8 +13,10 @@ from typing import Any
 from compressor.errors import UserError
 from compressor.model.families.base import Family
 from compressor.model.families.deepseek import DEEPSEEK
+from compressor.model.families.deepseek_v4 import DeepseekV4Family
 from compressor.model.families.ends import embedding_problem, tied
 from compressor.model.families.generic import GenericFamily
+from compressor.model.families.gpt_oss import GptOssFamily
 from compressor.model.families.jamba import JAMBA
 from compressor.model.families.llama import LlamaFamily
 from compressor.model.families.llama4 import Llama4Family
@@ -31,6 +33,7 @@ __all__ = [
     "family_for",
     "is_wrapper",
     "member_rows",
+    "renames_modules",
     "text_config",
     "tied",
 ]
@@ -48,6 +51,8 @@ BUILTINS: tuple[Family, ...] = (
     DEEPSEEK,
     JAMBA,
     QwenVlFamily(),
+    GptOssFamily(),
+    DeepseekV4Family(),
 )
 
 
@@ -92,3 +97,12 @@ def family_for(config: dict[str, Any]) -> Family:
             if model_type in family.model_types:
                 return family
     return GenericFamily(model_types[0] if model_types else "")
+
+
+def renames_modules(config: dict[str, Any]) -> bool:
+    """Whether vLLM 0.32 calls linear layers otherwise than checkpoints do (``hf_to_vllm_mapper``).
+
+    Raises:
+        UserError: an installed family cannot be loaded.
+    """
+    return is_wrapper(config) or family_for(config).renamed
