@@ -39,8 +39,11 @@ def run(
     workspace: Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
+    allow_code: bool = False,
 ) -> RunResult:
     """Runs a recipe; resumes what an interrupted run left. A failed gate shows in ``result.passed``.
+
+    ``allow_code``: whether code that the recipe names (``model.factory``) may be run.
 
     Raises:
         UserError: bad input, found before or during the run; finished work is kept.
@@ -51,7 +54,7 @@ def run(
     from compressor.runner import execute
 
     loaded = load_recipe(str(recipe), overrides)
-    made = make_plan(loaded, output=output, workspace=workspace, planning=False)
+    made = make_plan(loaded, output=output, workspace=workspace, planning=False, allow_code=allow_code)
     return execute(made, progress or Silent(), fresh=fresh)
 
 

@@ -106,7 +106,7 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
                 progress.log(f"{done} already holds this recipe's result")
                 return RunResult(done, load_report(done))
         _check_target(plan, recipe_yaml, stages[-1].key)
-        check_known(plan.source.config, plan.source.label)
+        check_known(plan.source)
         costs = []
         with _placed(plan):
             if not plan.workspace.finished(stages[0].name, stages[0].key):

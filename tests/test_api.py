@@ -12,8 +12,8 @@ SIGNATURES = {
     "plan": "(recipe: 'str | Path', *, overrides: 'Sequence[str]' = (), output: 'Path | None' = None, "
     "workspace: 'Path | None' = None) -> 'Plan'",
     "run": "(recipe: 'str | Path', *, overrides: 'Sequence[str]' = (), output: 'Path | None' = None, "
-    "workspace: 'Path | None' = None, fresh: 'bool' = False, progress: 'Progress | None' = None) "
-    "-> 'RunResult'",
+    "workspace: 'Path | None' = None, fresh: 'bool' = False, progress: 'Progress | None' = None, "
+    "allow_code: 'bool' = False) -> 'RunResult'",
     "evaluate": "(recipe: 'str | Path', *, overrides: 'Sequence[str]' = (), output: 'Path | None' = None, "
     "workspace: 'Path | None' = None, progress: 'Progress | None' = None) -> 'EvalResult'",
 }

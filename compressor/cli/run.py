@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Try the recipe on a small random model of the source's shape; writes no output.",
 )
+@click.option(
+    "--allow-code",
+    is_flag=True,
+    help="Import and call what the recipe names as model.factory, code of an installed package.",
+)
 @quiet_option
 @log_json_option
 def command(
@@ -41,6 +46,7 @@ def command(
     workspace: Path | None,
     fresh: bool,
     smoke: bool,
+    allow_code: bool,
     quiet: bool,
     log_json: bool,
 ) -> None:
@@ -65,7 +71,8 @@ def command(
     if smoke:
         _smoke(load_recipe(recipe, overrides), output, workspace, quiet=quiet, log_json=log_json)
         return
-    plan = make_plan(load_recipe(recipe, overrides), output=output, workspace=workspace, planning=False)
+    loaded = load_recipe(recipe, overrides)
+    plan = make_plan(loaded, output=output, workspace=workspace, planning=False, allow_code=allow_code)
     with reporter(quiet=quiet, log_json=log_json) as progress:
         result = execute(plan, progress, fresh=fresh)
     print_report(result.report, report_console(sys.stdout))

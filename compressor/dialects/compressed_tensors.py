@@ -39,6 +39,11 @@ class CompressedTensors(Dialect):
             modules.with_aliases(modules.left_16bit),
             modules.ends,
             exact=modules.renamed,
-            ignored=expert_patterns(modules.fused_experts, exact=modules.renamed),
+            # vLLM may rename plain names of experts to others than it asks for (gpt_oss.py: down_proj).
+            ignored=[
+                entry
+                for exact in ((True, False) if modules.renamed else (False,))
+                for entry in expert_patterns(modules.fused_experts, exact=exact)
+            ],
         )
         return Description(config, {})

@@ -13,6 +13,7 @@ from collections import defaultdict
 from torch import nn
 
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.made_by import allowed_factory
 from compressor.model.families import is_wrapper
 from compressor.model.names import module_of
 from compressor.model.skeleton import build_skeleton
@@ -25,6 +26,8 @@ def linear_aliases(source: Source) -> dict[str, tuple[str, ...]]:
     Raises:
         CheckpointError: transformers cannot build the model, or the tensors are not its.
     """
+    if allowed_factory(source) is not None:
+        return {}
     found: dict[str, set[str]] = defaultdict(set)
     for images in (False, True) if is_wrapper(source.config) else (False,):
         model = build_skeleton(source, images=images)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from compressor.checkpoint.layout import load_config
+from compressor.checkpoint.made_by import FACTORY_KEY, allowed_factory
 from compressor.checkpoint.modelopt import CONFIG_NAME
 from compressor.errors import CheckpointError
 from compressor.model.architecture import auto_classes, model_class
@@ -55,6 +57,9 @@ def load_source_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         CheckpointError: there is no local model, transformers cannot load it, or a parameter is missing.
     """
+    factory = allowed_factory(source)
+    if factory is not None:
+        return set_dtype(_made(factory, source), dtype)
     if source.kind in ("gguf", "dequantized"):
         model, info = _guarded(lambda: _from_source(source), source.label)
     else:
@@ -67,7 +72,11 @@ def load_source_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_checkpoint_model(
-    folder: Path, dtype: torch.dtype, *, fused: Sequence[FusedTensor] = ()
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    fused: Sequence[FusedTensor] = (),
+    factory: str | None = None,
 ) -> LoadedCheckpoint:
     """A result folder with its weights decoded, parameters of ``dtype``, on the CPU.
 
@@ -79,10 +88,13 @@ def load_checkpoint_model(
         dtype: what the parameters are cast to after decoding.
         fused: for families whose experts were written one by one, the source tensors and their parts
             (``FusedTensor``); used where transformers cannot read the layout itself.
+        factory: ``module:callable`` of an installed package that the user allowed to make the model.
 
     Raises:
         CheckpointError: another kind of quantization, unreadable, or a parameter of the model is missing.
     """
+    if factory is not None:
+        return _made_checkpoint(folder, factory, dtype)
     config = _guarded(lambda: _read_config(folder), str(folder))
     quantization = getattr(config, "quantization_config", None)
     if quantization is None and not (folder / CONFIG_NAME).is_file():
@@ -111,19 +123,22 @@ def load_checkpoint_model(
     return LoadedCheckpoint(set_dtype(model, dtype), via, via == "transformers" if rounded else None)
 
 
-def check_known(config: Mapping[str, Any], label: str) -> None:
-    """Refuses a model that transformers does not know, before its weights are compressed.
+def check_known(source: Source) -> None:
+    """Refuses a model that neither transformers nor an allowed factory makes, before it is compressed.
 
     Raises:
         CheckpointError: unknown ``model_type``: the result could not be loaded back.
+        UserError: a factory that nobody allowed to be run.
     """
+    if allowed_factory(source) is not None:
+        return
     from transformers import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
+    model_type = source.config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"transformers does not know model_type {model_type!r}, so the result could not be checked",
-            where=label,
+            where=source.label,
         )
 
 
@@ -188,12 +203,35 @@ def refuse_fetched_kernels(config: Any, label: str) -> None:
             )
 
 
+def _made(factory: str, source: Source) -> PreTrainedModel:
+    from compressor.model.factory import make_model
+
+    with quiet():
+        return make_model(factory, source.config, {name: source.read(name) for name in source.headers})
+
+
+def _made_checkpoint(folder: Path, factory: str, dtype: torch.dtype) -> LoadedCheckpoint:
+    from compressor.model.factory import make_model
+
+    weights = StoredWeights(folder)
+    config = load_config((folder / "config.json").read_bytes(), str(folder))
+    with quiet():
+        model = make_model(factory, config, decoded_tensors(weights, ()))
+    rounded = any(weights.scheme(module).input_activations for module in weights.modules)
+    return LoadedCheckpoint(set_dtype(model, dtype), "decoded", False if rounded else None)
+
+
 def _read_config(folder: Path) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
 
     # What AutoConfig reads; the entries are gone from what it returns.
     raw, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
     refuse_fetched_kernels(raw, str(folder))
+    if FACTORY_KEY in raw:
+        raise CheckpointError(
+            f"its model is made by {str(raw[FACTORY_KEY])[:80]!r}, code of a package that is not run here",
+            where=str(folder),
+        )
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 

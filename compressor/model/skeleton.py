@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.made_by import allowed_factory
 from compressor.errors import CheckpointError
 from compressor.model.architecture import model_class
 from compressor.model.load import refuse_fetched_kernels
@@ -34,6 +35,12 @@ def build_skeleton(source: Source, *, images: bool = False) -> PreTrainedModel:
         CheckpointError: transformers does not know the architecture, or cannot build it; or the config asks
             for code from the Hub.
     """
+    factory = allowed_factory(source)
+    if factory is not None:
+        from compressor.model.factory import make_skeleton
+
+        with quiet(), torch.no_grad():
+            return make_skeleton(factory, source.config).eval()
     refuse_fetched_kernels(source.config, source.label)
     with library_faults(source.label, "cannot be built"), quiet(), torch.no_grad():
         model = _on_meta(source.config, images)
@@ -49,8 +56,10 @@ def compute_buffers(model: PreTrainedModel, stored: set[str]) -> None:
             if name in stored or isinstance(tensor, nn.Parameter):
                 tensor._is_hf_initialized = True
         for name, buffer in list(model.named_buffers()):
-            if name not in stored:
-                module, _, leaf = name.rpartition(".")
+            module, _, leaf = name.rpartition(".")
+            if name in stored:
+                model.get_submodule(module)._buffers[leaf] = buffer.to("meta")
+            elif buffer.is_meta:
                 model.get_submodule(module)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
         model.initialize_weights()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from compressor.calibration.spec import CalibrationSpec
+from compressor.checkpoint.made_by import FACTORY_KEY
 from compressor.device import available_device_bytes, available_memory_bytes, has_fast_bfloat16
 from compressor.errors import UserError
 from compressor.model.families import block_index
@@ -158,7 +159,9 @@ def unmeasured(claims: Sequence[Claim]) -> list[UserError]:
 def plan_walk(claims: Sequence[Claim], calibration: CalibrationSpec, config: dict[str, Any]) -> WalkPlan:
     """Decides dtype, batches and places of a walk that some claim needs."""
     device = planned_device()
-    dtype: Literal["float32", "bfloat16"] = "bfloat16" if has_fast_bfloat16() else "float32"
+    # Modules of strangers mix parameters with buffers, which stay in float32.
+    fast = has_fast_bfloat16() and FACTORY_KEY not in config
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if fast else "float32"
     width = DTYPE_BYTES[dtype]
     blocks: dict[int, list[Claim]] = defaultdict(list)
     for claim in claims:

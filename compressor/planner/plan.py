@@ -16,6 +16,7 @@ from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.dequantized import DequantizedSource
 from compressor.checkpoint.kept import KeptSource
+from compressor.checkpoint.made_by import FactorySource
 from compressor.checkpoint.sources import open_source
 from compressor.dialects import DIALECTS
 from compressor.dialects.base import Dialect
@@ -28,6 +29,7 @@ from compressor.planner.kept import kept_faults
 from compressor.planner.kv_bytes import full_context
 from compressor.planner.layout import group_units, pack_shards
 from compressor.planner.learned import learned_on_one_row, learned_twice
+from compressor.planner.made import factory_faults
 from compressor.planner.oneshot import OneshotPlan, oneshot_faults, oneshot_key, plan_oneshot
 from compressor.planner.places import check_disk, check_places, check_text
 from compressor.planner.polished import PolishPlan, check_polish, plan_polish, polish_key
@@ -95,7 +97,12 @@ class Plan:
 
 
 def make_plan(
-    loaded: LoadedRecipe, *, output: Path | None = None, workspace: Path | None = None, planning: bool = True
+    loaded: LoadedRecipe,
+    *,
+    output: Path | None = None,
+    workspace: Path | None = None,
+    planning: bool = True,
+    allow_code: bool = False,
 ) -> Plan:
     """Plans a recipe.
 
@@ -106,6 +113,7 @@ def make_plan(
             finished shards can be linked instead of copied.
         planning: True allows shipped headers in place of an unreachable source, and skips checks of this
             machine's disk.
+        allow_code: whether a run may import and call ``model.factory``; planning never does.
 
     Raises:
         PlanError: every fault found.
@@ -114,8 +122,8 @@ def make_plan(
     recipe = loaded.recipe
     output = (output or Path("out") / recipe.name).resolve()
     space = Workspace((workspace or output.parent / ".compress-workspace").resolve())
-    source = _source(loaded, space.hub, planning)
     faults: list[UserError] = []
+    source = _open(loaded, space, faults, planning=planning, allow_code=allow_code)
     evaluation = _collect(faults, lambda: evaluation_spec(loaded, full_context(source.config)))
     family = family_for(source.config)
     dialect = DIALECTS[recipe.export.format]
@@ -169,19 +177,26 @@ def make_plan(
     return plan
 
 
-def _source(loaded: LoadedRecipe, cache: Path, planning: bool) -> Source:
-    """The recipe's source, opened."""
-    said = loaded.recipe.model
-    return open_source(
-        said.source,
-        revision=said.revision,
-        sha256=said.sha256,
-        headers=data.find(said.headers, beside=loaded.folder) if said.headers else None,
+def _open(
+    loaded: LoadedRecipe, space: Workspace, faults: list[UserError], *, planning: bool, allow_code: bool
+) -> Source:
+    """The source; adds to ``faults`` what does not go with the factory of its model."""
+    model = loaded.recipe.model
+    source = open_source(
+        model.source,
+        revision=model.revision,
+        sha256=model.sha256,
+        headers=data.find(model.headers, beside=loaded.folder) if model.headers else None,
         beside=loaded.folder,
-        cache=cache,
+        cache=space.hub,
         planning=planning,
-        from_=said.from_,
+        from_=model.from_,
     )
+    if model.factory is None:
+        return source
+    made = FactorySource(source, model.factory, allowed=allow_code)
+    faults += factory_faults(loaded.recipe, made, planning=planning)
+    return made
 
 
 def _stored_bytes(source: Source) -> int:

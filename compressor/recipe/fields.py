@@ -27,6 +27,7 @@ from compressor.solvers.base import Solver
 _BYTE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _MAX_BYTES = 2**63 - 1
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+_FACTORY = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 _METRIC = f"(perplexity|kl|task:{_NAME})"
 
 
@@ -98,6 +99,7 @@ Metric = Annotated[
     str, AfterValidator(_metric), WithJsonSchema({"type": "string", "pattern": rf"^{_METRIC}$"})
 ]
 Revision = Annotated[str, StringConstraints(pattern=_REVISION)]
+Factory = Annotated[str, StringConstraints(pattern=_FACTORY, max_length=400)]
 Sha256 = Annotated[str, StringConstraints(pattern=_SHA256, to_lower=True)]
 Count = Annotated[int, BeforeValidator(no_bool), Field(ge=1, le=10**12)]
 Window = Annotated[int, BeforeValidator(no_bool), Field(ge=2, le=2**24)]

@@ -16,6 +16,7 @@ from compressor.recipe.calibration import CalibrationSection
 from compressor.recipe.fields import (
     Bytes,
     Count,
+    Factory,
     Metric,
     Pattern,
     Patterns,
@@ -76,6 +77,13 @@ class ModelSection(Section):
         description="What becomes of weights that the source stores quantized (FP8 blocks, MXFP4, "
         "compressed-tensors, ModelOpt): `dequantize` reads them as bfloat16; `keep` carries those of "
         "compressed-tensors into the result as they are, whatever rules say. By default they are refused.",
+    )
+    factory: Factory | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="MODULE:CALLABLE of an installed package that makes the model, where transformers does "
+        "not know it. Called with what config.json holds as keyword arguments, it gives a torch module that "
+        "makes logits of token ids. `compress run` calls it with --allow-code only.",
     )
     headers: Text | None = Field(
         default=None,

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from compressor.checkpoint.hub import HubUnavailable
 from compressor.checkpoint.kept import KeptSource
+from compressor.checkpoint.made_by import FactorySource
 from compressor.errors import CheckpointError, UserError
 from compressor.model.load import check_known, load_tokenizer
 from compressor.planner.plan import Plan, make_plan
@@ -111,7 +112,12 @@ def _check_early(plan: Plan) -> None:
             where="model.from",
             fix="try the recipe with `--set model.from=dequantize`",
         )
-    check_known(plan.source.config, plan.source.label)
+    if isinstance(plan.source, FactorySource):
+        what = f"--smoke cannot shrink a model that {plan.source.factory} makes"
+        raise UserError(
+            what, where="model.factory", fix="make a small checkpoint, and run the recipe on that"
+        )
+    check_known(plan.source)
     if plan.walk is not None:
         from compressor.model.tape import check_walkable
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.budget.gates import gate_values
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.made_by import allowed_factory
 from compressor.device import available_memory_bytes
 from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import EvalResult, EvalSpec
@@ -90,7 +91,9 @@ def reload(checkpoint: Path, source: Source) -> LoadedCheckpoint:
     from compressor.model.decode import fused_tensors
     from compressor.model.load import load_checkpoint_model
 
-    loaded = load_checkpoint_model(checkpoint, torch.float32, fused=fused_tensors(source))
+    loaded = load_checkpoint_model(
+        checkpoint, torch.float32, fused=fused_tensors(source), factory=allowed_factory(source)
+    )
     with torch.no_grad():
         logits = loaded.model(torch.arange(8)[None]).logits
     if not bool(torch.isfinite(logits).all()):
