@@ -118,7 +118,12 @@ def summarize(
             cores=psutil.cpu_count(logical=True) or 1,
             memory_bytes=psutil.virtual_memory().total,
         ),
-        serve=serve_facts(_shown(output), schemes, str(plan.source.config.get("model_type", ""))),
+        serve=serve_facts(
+            _shown(output),
+            schemes,
+            str(plan.source.config.get("model_type", "")),
+            plan.loaded.recipe.model.factory,
+        ),
         files={
             path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != STAGE_FILE
         },

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from compressor.checkpoint.base import Source
 
-Via = Literal["transformers", "decoded"]
+Via = Literal["transformers", "decoded", "factory"]
 
 # Experts written one by one: transformers either lacks them (Llama 4) or merges them without every format's
 # scales (transformers 5.17 integrations/compressed_tensors.py, DecompressExperts: no global scale).
@@ -38,7 +38,8 @@ class LoadedCheckpoint:
         model: in evaluation mode, on the CPU.
         via: ``transformers``: its own loader read the folder (ModelOpt's dialect: read its tensors as
             compressed-tensors would name them); ``decoded``: the weights were decoded tensor by tensor and
-            given to transformers as if they were the source's (MoE with separate experts).
+            given to transformers as if they were the source's (MoE with separate experts); ``factory``: given
+            to the modules that an installed package makes.
         activations_simulated: whether the forward pass quantizes activations as the scheme says; None where
             the scheme leaves them alone.
     """
@@ -218,7 +219,7 @@ def _made_checkpoint(folder: Path, factory: str, dtype: torch.dtype) -> LoadedCh
     with quiet():
         model = make_model(factory, config, decoded_tensors(weights, ()))
     rounded = any(weights.scheme(module).input_activations for module in weights.modules)
-    return LoadedCheckpoint(set_dtype(model, dtype), "decoded", False if rounded else None)
+    return LoadedCheckpoint(set_dtype(model, dtype), "factory", False if rounded else None)
 
 
 def _read_config(folder: Path) -> Any:

@@ -195,7 +195,7 @@ class Quality(Record):
     command: str
     text_dtype: str
     task_dtype: str
-    loaded_via: Literal["transformers", "decoded"]
+    loaded_via: Literal["transformers", "decoded", "factory"]
     activations_simulated: bool | None
 
 

@@ -153,6 +153,7 @@ def _task_rows(quality: Quality) -> Iterator[Measured]:
 
 _READERS = {
     "transformers": " by transformers",
+    "factory": ", in the modules of its package with weights decoded by this program",
     "decoded": ", decoded by this program, since transformers cannot read experts stored one by one",
 }
 

@@ -63,18 +63,27 @@ _OTHER_MODEL = (
     "vllm-project/vllm#43694 says of other kernels that they apply the router's weights twice): run "
     "`compress verify` on the machine that will serve. INT4 experts agreed there."
 )
+_OWN_MODULES = (
+    "vLLM 0.32 does not know the model that {factory} makes: the command works only where a plug-in of vLLM "
+    "provides it."
+)
 _UNKNOWN = "No serving check of {label} is recorded: compare log-probabilities before relying on it."
 
 
-def serve_facts(path: str, scheme_labels: Iterable[str], model_type: str = "") -> Serve:
+def serve_facts(
+    path: str, scheme_labels: Iterable[str], model_type: str = "", factory: str | None = None
+) -> Serve:
     """The command that serves the checkpoint at ``path`` (as the user will type it), and its notes.
 
     No flags: everything that the engine needs is in the checkpoint's config. ``model_type``: of that config.
+    ``factory``: what makes the model, where transformers does not know it.
     """
     # An engine would take a leading dash for an option.
     model = f"./{path}" if path.startswith("-") else path
-    labels = list(scheme_labels)
+    labels = [] if factory else list(scheme_labels)
     notes = [note for label in labels for note in scheme_notes(label)]
+    if factory:
+        notes.append(_OWN_MODULES.format(factory=factory))
     if model_type in _ROUTED_ON_INPUT:
         notes += [_OTHER_MODEL.format(label=label) for label in labels if label.startswith("NVFP4")]
     return Serve(command=f"vllm serve {shell_quote(model)}", model=model, notes=tuple(dict.fromkeys(notes)))

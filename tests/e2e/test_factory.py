@@ -69,6 +69,8 @@ def test_logits_are_the_references(solver: str, tmp_path: Path, package: None) -
     assert done.report.quality is not None
     assert 0 < done.report.quality.kl.mean < 0.1
     assert (done.report.calibration is not None) == (solver == "gptq")
+    assert "in the modules of its package" in (done.output / "README.md").read_text()
+    assert "does not know the model" in done.report.serve.notes[0]
     config = json.loads((done.output / "config.json").read_text())
     assert config["compressor_factory"] == FACTORY
     assert config.items() >= ARGUMENTS.items()
@@ -77,7 +79,7 @@ def test_logits_are_the_references(solver: str, tmp_path: Path, package: None) -
     tensors = reference(before, after, weights)
     expected.load_state_dict(tensors | {"to_logits.weight": tensors["token_emb.weight"]})
     loaded = load_checkpoint_model(done.output, torch.float32, factory=FACTORY)
-    assert loaded.via == "decoded"
+    assert loaded.via == "factory"
     ids = torch.arange(3, 40)[None]
     found = logits(loaded.model, {"input_ids": ids})
     for parameter in expected.parameters():
