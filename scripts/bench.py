@@ -2,6 +2,10 @@
 
     python scripts/bench.py quality     NVFP4A16: ours and every data-free setting of llm-compressor
     python scripts/bench.py stream      read -> solve -> write against a plain copy of the same files
+    python scripts/bench.py stream --source scout --gigabytes 40 --search minmax --rounds 1 --no-copy
+                                        the same with Llama-4-Scout's tensors: larger than memory
+    python scripts/bench.py walk --source scout --gigabytes 20 --search minmax --rounds 1
+                                        NVFP4 W4A4 of these: activation ranges heard within --memory
     python scripts/bench.py plan        `compress plan` on a synthetic 200 GB header set
     python scripts/bench.py calibrated --peers llmcompressor,autoround,gptqmodel,modelopt
                                         calibrated runs of ours and theirs; `--peers` alone means this one
@@ -34,11 +38,12 @@ from scripts.benchmarks.process import RESULTS, Failed, machine  # noqa: E402
 from scripts.benchmarks.quality import quality  # noqa: E402
 from scripts.benchmarks.settings import PEERS, SCHEMES  # noqa: E402
 from scripts.benchmarks.shapes import SHAPES  # noqa: E402
-from scripts.benchmarks.stream import stream  # noqa: E402
+from scripts.benchmarks.stream import stream, walk  # noqa: E402
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "quality": quality,
     "stream": stream,
+    "walk": walk,
     "plan": plan,
     "calibrated": calibrated,
     "layers": layers,
@@ -64,7 +69,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", help="peers' settings whose names hold a WORD, or end with a WORD$"
     )
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="stream: size of the synthetic source")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="stream, walk: size of the source")
+    parser.add_argument("--memory", type=float, default=8.0, help="walk: GB that it is planned for")
+    parser.add_argument(
+        "--source", choices=["llama", "scout"], default="llama", help="stream, walk: shape of the source"
+    )
+    parser.add_argument("--no-copy", action="store_true", help="stream: without the plain copy")
     parser.add_argument("--search", nargs="+", default=["minmax", "full"], help="stream: searches to time")
     group = parser.add_argument_group("calibrated and layers")
     group.add_argument("--peers", type=_peers, help=f"of {','.join(PEERS)}")
@@ -113,8 +123,9 @@ def result_name(options: argparse.Namespace) -> str:
         return str(options.name or f"calibrated-{options.scheme}")
     if options.benchmark == "layers":
         return str(options.name or f"layers-{options.shape}")
-    if options.benchmark == "stream":
-        return f"stream-{options.gigabytes:g}gb"
+    if options.benchmark in ("stream", "walk"):
+        shape = "" if options.source == "llama" else f"{options.source}-"
+        return f"{options.benchmark}-{shape}{options.gigabytes:g}gb"
     return str(options.benchmark)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from compressor.checkpoint.folder import FolderSource
 from scripts.bench import parse, result_name
 from scripts.benchmarks.calibrated import Bench, _row
 from scripts.benchmarks.layers import layer_timing, render_layers
@@ -23,9 +24,11 @@ from scripts.benchmarks.process import (
     spread,
     tensor_bytes,
 )
+from scripts.benchmarks.scout import layers_for, scout_headers, write_random
 from scripts.benchmarks.settings import PEERS, SCHEMES, THEIRS, Setting, chosen, our_setting
 from scripts.benchmarks.shapes import write_model
 from scripts.benchmarks.table import render
+from scripts.benchmarks.watch import disk_bytes
 
 
 @pytest.mark.parametrize("words", [["--peers", "llmcompressor,modelopt"], ["calibrated"]])
@@ -41,7 +44,11 @@ def test_peers_alone_name_the_calibrated_benchmark(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("words", "named", "tokens"),
-    [(["quality"], "quality", 65536), (["stream", "--gigabytes", "20"], "stream-20gb", 65536)],
+    [
+        (["quality"], "quality", 65536),
+        (["stream", "--gigabytes", "20"], "stream-20gb", 65536),
+        (["walk", "--source", "scout", "--gigabytes", "20"], "walk-scout-20gb", 65536),
+    ],
 )
 def test_the_older_benchmarks_keep_their_names(words: list[str], named: str, tokens: int) -> None:
     """Result files and token counts stay what the stored results have."""
@@ -405,3 +412,42 @@ def test_training_leaves_out_what_calibrates_or_measures(tmp_path: Path) -> None
     rows, left_out = training_rows(job, Words())
     assert (tuple(rows.shape), left_out) == ((2, ROW_TOKENS), 1)
     assert set(rows.flatten().tolist()) == {0, 4}
+
+
+def test_a_synthetic_scout_has_its_tensors(tmp_path: Path) -> None:
+    """Names and shapes are the published ones, with fewer layers; what is written is a checkpoint."""
+    whole, two = scout_headers(48), scout_headers(2)
+    assert sum(header.numel for header in whole) == 108_641_793_536
+    assert {header.name for header in whole} > {header.name for header in two}
+    assert layers_for(40) == 8
+    assert sum(header.nbytes for header in scout_headers(8)) > 40e9 > sum(h.nbytes for h in scout_headers(7))
+    small = [header for header in two if header.numel < 1e6 and header.name.startswith("language_model.")]
+    for folder in ("one", "two"):
+        write_random(tmp_path / folder, small, {"model_type": "llama4"})
+    one, two_source = FolderSource(tmp_path / "one"), FolderSource(tmp_path / "two")
+    assert list(one.headers.values()) != []
+    for header in small:
+        tensor = one.read(header.name)
+        assert tuple(tensor.shape) == header.shape
+        assert tensor.isfinite().all()
+        assert tensor.equal(two_source.read(header.name))
+    routers = [one.read(header.name) for header in small if "router" in header.name]
+    assert not routers[0].equal(routers[1])
+
+
+def test_disk_counts_a_linked_file_once(tmp_path: Path) -> None:
+    """As shards that the output shares with the workspace; folders may be missing."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a").write_bytes(b"x" * 8192)
+    alone = disk_bytes([tmp_path / "one", tmp_path / "none"])
+    assert alone >= 8192
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "b").hardlink_to(tmp_path / "one" / "a")
+    assert disk_bytes([tmp_path / "one", tmp_path / "two"]) == alone
+
+
+def test_what_a_process_holds_is_measured() -> None:
+    """Memory of its own, as it was at the most."""
+    code = "import time; held = bytearray(300_000_000); time.sleep(0.5); del held; time.sleep(0.2)"
+    found = measured([sys.executable, "-c", code])
+    assert 300e6 < found["peak_anonymous_bytes"] < 340e6

@@ -16,6 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from scripts.benchmarks.watch import Watch
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 # Perhaps behind a progress bar on the same line.
@@ -35,8 +37,12 @@ class Late(Failed):
     """A command that was stopped because it took longer than it may."""
 
 
-def measured(command: Sequence[str | Path], *, limit_s: float | None = None) -> dict[str, Any]:
+def measured(
+    command: Sequence[str | Path], *, limit_s: float | None = None, folders: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Runs a command; its wall seconds, CPU seconds of the whole process, peak resident bytes and stdout.
+
+    Also its peak anonymous bytes, and the most bytes that lay in ``folders``; see ``Watch``.
 
     The caller must stay small: a child's peak memory starts at what its parent had when it forked.
 
@@ -47,7 +53,8 @@ def measured(command: Sequence[str | Path], *, limit_s: float | None = None) -> 
     started = time.monotonic()
     with TemporaryFile() as out, TemporaryFile() as errors:
         process = subprocess.Popen([str(word) for word in command], stdout=out, stderr=errors, cwd=ROOT)
-        usage, late = _wait(process, None if limit_s is None else started + limit_s)
+        with Watch(process.pid, folders) as watch:
+            usage, late = _wait(process, None if limit_s is None else started + limit_s)
         wall_s = time.monotonic() - started
         out.seek(0)
         errors.seek(0)
@@ -60,6 +67,8 @@ def measured(command: Sequence[str | Path], *, limit_s: float | None = None) -> 
             "cpu_s": usage.ru_utime + usage.ru_stime,
             # Linux counts ru_maxrss in KiB.
             "peak_rss_bytes": usage.ru_maxrss * 1024,
+            "peak_anonymous_bytes": watch.peak_anonymous_bytes,
+            "peak_disk_bytes": watch.peak_disk_bytes,
             "stdout": out.read().decode(errors="replace"),
         }
 
@@ -97,9 +106,11 @@ def own_command() -> list[str]:
     return ["python", "scripts/bench.py", *map(shown, sys.argv[1:])]
 
 
-def compress(*arguments: str | Path, limit_s: float | None = None) -> dict[str, Any]:
+def compress(
+    *arguments: str | Path, limit_s: float | None = None, folders: Sequence[Path] = ()
+) -> dict[str, Any]:
     """``compress ARGUMENTS`` with this Python; see ``measured``."""
-    return measured([sys.executable, "-m", "compressor", *arguments], limit_s=limit_s)
+    return measured([sys.executable, "-m", "compressor", *arguments], limit_s=limit_s, folders=folders)
 
 
 def evaluate(checkpoint: Path, source: Path, text: str, tokens: int) -> dict[str, Any]:

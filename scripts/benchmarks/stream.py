@@ -1,4 +1,4 @@
-"""The rate of read -> solve -> write, against a plain copy of the same files."""
+"""The rate of read -> solve -> write, and of a walk, on synthetic sources that may be larger than memory."""
 
 from __future__ import annotations
 
@@ -12,40 +12,104 @@ from pathlib import Path
 from typing import Any
 
 from scripts.benchmarks.process import measured
-from scripts.benchmarks.streamed import our_maker
+from scripts.benchmarks.scout import layers_for, write_scout
+from scripts.benchmarks.streamed import for_scout, maker, stream_recipe, walk_recipe
 
 
 def stream(options: argparse.Namespace) -> dict[str, Any]:
-    """A synthetic checkpoint streamed with each search, against a plain copy of its files."""
-    source = options.work / "synthetic"
+    """A synthetic checkpoint streamed with each search, and a plain copy of its files."""
+    source = _source(options)
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    recipes = {search: stream_recipe(search) for search in options.search}
+    runs: dict[str, list[dict[str, Any]]] = {} if options.no_copy else {"copy": []}
+    for _ in range(options.rounds):
+        if not options.no_copy:
+            runs["copy"].append(_plain_copy(source, options.work / "copy"))
+        for name, recipe in recipes.items():
+            runs.setdefault(name, []).append(_made(options.work / f"streamed-{name}", source, recipe))
+    return {"source_bytes": size, "rows": _table(size, runs)} | _whole(options, size, runs, recipes)
+
+
+def walk(options: argparse.Namespace) -> dict[str, Any]:
+    """A synthetic Scout whose activation ranges are heard (NVFP4 W4A4, plain rounding), in little memory."""
+    source = _source(options)
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    name = options.search[0]
+    recipes = {name: walk_recipe(name, options.samples, options.length, options.memory)}
+    runs = {name: [_made(options.work / "walked", source, recipes[name]) for _ in range(options.rounds)]}
+    told = {"samples": options.samples, "length": options.length, "memory_bytes": int(options.memory * 1e9)}
+    return {"source_bytes": size, **told, "rows": _table(size, runs)} | _whole(options, size, runs, recipes)
+
+
+def _source(options: argparse.Namespace) -> Path:
+    """The synthetic checkpoint, made once."""
+    source: Path = options.work / f"synthetic-{options.source}-{options.gigabytes:g}gb"
     if not source.exists():
         # In a process of its own: a child's peak memory starts at what its parent had when it forked.
-        maker = multiprocessing.get_context("spawn").Process(
-            target=_synthetic, args=(source, options.gigabytes)
-        )
+        make = {"llama": _synthetic, "scout": _scout}[options.source]
+        maker = multiprocessing.get_context("spawn").Process(target=make, args=(source, options.gigabytes))
         maker.start()
         maker.join()
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    rows: dict[str, Any] = {"copy": []}
-    for search in options.search:
-        rows[search] = []
-    for _ in range(options.rounds):
-        rows["copy"].append(_plain_copy(source, options.work / "copy"))
-        for search in options.search:
-            target = options.work / f"streamed-{search}"
-            shutil.rmtree(target, ignore_errors=True)
-            rows[search].append(our_maker(source, search)(target))
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.rmtree(target.with_suffix(".workspace"), ignore_errors=True)
-    print(f"| {size / 1e9:.1f} GB source | GB/s | share of copy | peak RSS GB |\n|---|---|---|---|")
-    summary = {}
-    for name, runs in rows.items():
-        seconds = statistics.median(run.get("quantize_s", run["wall_s"]) for run in runs)
-        peak = max(run.get("stream_rss_bytes", run["peak_rss_bytes"]) for run in runs)
-        summary[name] = {"bytes_per_s": size / seconds, "seconds": seconds, "peak_rss_bytes": peak}
-        share = summary[name]["bytes_per_s"] / summary["copy"]["bytes_per_s"]
-        print(f"| {name} | {size / seconds / 1e9:.3f} | {share:.0%} | {peak / 1e9:.2f} |")
-    return {"source_bytes": size, "rows": summary}
+    return source
+
+
+def _made(target: Path, source: Path, recipe: str) -> dict[str, Any]:
+    """What a run cost; its result is removed."""
+    shutil.rmtree(target, ignore_errors=True)
+    found = maker(source, recipe)(target)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.rmtree(target.with_suffix(".workspace"), ignore_errors=True)
+    return found
+
+
+def _whole(
+    options: argparse.Namespace, size: int, runs: dict[str, list[dict[str, Any]]], recipes: dict[str, str]
+) -> dict[str, Any]:
+    """For a synthetic Scout: what all of it would take."""
+    if options.source != "scout":
+        return {}
+    print("\n| all of Scout | hours at this rate | memory, GB | disk beside the source, GB |")
+    print("|---|---|---|---|")
+    found = {}
+    for name, recipe in recipes.items():
+        seconds = statistics.median(run["quantize_s"] for run in runs[name])
+        whole = found[name] = for_scout(options.work, recipe, size / seconds)
+        figures = f"{whole['peak_rss_bytes'] / 1e9:.2f} | {whole['disk_bytes'] / 1e9:.1f}"
+        print(f"| {name} | {whole['hours']:.2f} | {figures} |")
+    return {"whole_scout": found}
+
+
+def _table(size: int, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Prints the table; its rows for the result file."""
+    print(f"| {size / 1e9:.1f} GB source | GB/s | share of copy | RSS, GB | planned | disk, GB | planned |")
+    print("|---|---|---|---|---|---|---|")
+    rows: dict[str, Any] = {}
+    for name, done in runs.items():
+        seconds = statistics.median(run.get("quantize_s", run["wall_s"]) for run in done)
+        row = rows[name] = {
+            "bytes_per_s": size / seconds,
+            "seconds": seconds,
+            "process_s": statistics.median(run["wall_s"] for run in done),
+            "peak_rss_bytes": max(run.get("stream_rss_bytes", run["peak_rss_bytes"]) for run in done),
+            "peak_anonymous_bytes": max(run["peak_anonymous_bytes"] for run in done),
+            "peak_disk_bytes": max(run["peak_disk_bytes"] for run in done),
+        }
+        if "stages" in done[0]:
+            row["stages"] = done[0]["stages"]
+        share = f"{row['bytes_per_s'] / rows['copy']['bytes_per_s']:.0%}" if "copy" in rows else ""
+        planned = row["predicted"] = done[0].get("predicted")
+        figures = ["", ""]
+        if planned is not None:
+            figures = [f"{planned[figure] / 1e9:.2f}" for figure in ("peak_rss_bytes", "disk_bytes")]
+        print(
+            f"| {name} | {row['bytes_per_s'] / 1e9:.3f} | {share} | {row['peak_rss_bytes'] / 1e9:.2f} | "
+            f"{figures[0]} | {row['peak_disk_bytes'] / 1e9:.2f} | {figures[1]} |"
+        )
+    return rows
+
+
+def _scout(folder: Path, gigabytes: float) -> None:
+    write_scout(folder, layers_for(gigabytes))
 
 
 def _plain_copy(source: Path, target: Path) -> dict[str, Any]:
@@ -56,7 +120,7 @@ def _plain_copy(source: Path, target: Path) -> dict[str, Any]:
         "shutil.copytree(source, target)\n"
         "[os.fsync(os.open(p, os.O_RDONLY)) for p in target.iterdir()]\n"
     )
-    found = measured([sys.executable, "-c", script, str(source), str(target)])
+    found = measured([sys.executable, "-c", script, str(source), str(target)], folders=(target,))
     shutil.rmtree(target)
     return found
 
