@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from compressor.spec import TensorHeader
 
@@ -71,3 +71,36 @@ class Source(Protocol):
     def gguf_file(self) -> str | None:
         """The GGUF file's name inside ``model_dir()``, or None."""
         ...
+
+
+@runtime_checkable
+class FetchedSource(Protocol):
+    """A source whose files are downloaded when something in them is read.
+
+    Attributes:
+        homes: tensor -> the file that it lies in.
+        file_bytes: size of each of these files.
+    """
+
+    @property
+    def homes(self) -> Mapping[str, str]:
+        """See above."""
+        ...
+
+    @property
+    def file_bytes(self) -> Mapping[str, int]:
+        """See above."""
+        ...
+
+    def keep_only(self, names: Set[str]) -> None:
+        """Removes from the disk every file that holds none of these tensors; read again, it is fetched again.
+
+        May run beside reads of these tensors.
+        """
+        ...
+
+
+def let_go(source: Source, still_read: Set[str]) -> None:
+    """Frees the disk of what was fetched for other tensors than these; of local sources nothing."""
+    if isinstance(source, FetchedSource):
+        source.keep_only(still_read)

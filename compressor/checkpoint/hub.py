@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,16 +98,41 @@ class HubSource:
                 raise CheckpointError(f"{INDEX_NAME} names {shard}: it is missing", where=self.label)
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             self._files = dict(zip(shards, pool.map(self._remote_header, shards), strict=True))
-        headers, self._homes = merge_headers(self._files, weight_map, self.label, quantized=quantized)
+        headers, homes = merge_headers(self._files, weight_map, self.label, quantized=quantized)
+        self.homes: Mapping[str, str] = homes
         self.headers: Mapping[str, TensorHeader] = headers
+        self.file_bytes: Mapping[str, int] = {shard: self._sizes[shard] for shard in shards}
         self._local: dict[str, Path] = {}
+        self._evicting = threading.Lock()
         sizes = {shard: (self._sizes[shard],) for shard in shards}
         self.fingerprint = fingerprint(self.config, headers, sizes, [self._commit.encode()])
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """See ``Source.read``; downloads the tensor's shard first if the cache has it not."""
-        shard = self._homes[name]
+        shard = self.homes[name]
         return read_tensor(self._shard(shard), self.headers[name], self._files[shard].offsets[name], index)
+
+    def keep_only(self, names: Set[str]) -> None:
+        """See ``FetchedSource``: removes shards from the cache, those that an earlier run left there too."""
+        from huggingface_hub import try_to_load_from_cache
+
+        kept = {self.homes[name] for name in names if name in self.homes}
+        with self._evicting:
+            found = {}
+            for shard in self._files:
+                path = try_to_load_from_cache(**self._place(shard))
+                if isinstance(path, str):
+                    found[shard] = Path(path)
+            # Shards of the same bytes are links to one file.
+            used = {path.resolve() for shard, path in found.items() if shard in kept}
+            for shard in found.keys() - kept:
+                self._local.pop(shard, None)
+                stored = found[shard].resolve()
+                assert self._cache is not None
+                assert stored.is_relative_to(self._cache.resolve()), f"{stored} is not in the cache"
+                found[shard].unlink()
+                if stored not in used:
+                    stored.unlink(missing_ok=True)
 
     def write_side_files(self, folder: Path) -> list[str]:
         """Downloads tokenizer, template, processor, generation and licence files; see ``Source``."""
@@ -146,7 +172,7 @@ class HubSource:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         assert self._cache is not None, "a source opened for planning is not read"
-        place = {"repo_id": self._repo, "filename": name, "revision": self._commit, "cache_dir": self._cache}
+        place = self._place(name)
         with _told(self._repo, self._commit):
             known = try_to_load_from_cache(**place)
             path = Path(hf_hub_download(**place))
@@ -155,6 +181,10 @@ class HubSource:
         if not isinstance(known, str) and name in self._sha256:
             _check_sha256(path.resolve(), self._sha256[name])
         return path
+
+    def _place(self, name: str) -> dict[str, Any]:
+        """Where a file is or will be, as ``huggingface_hub`` is asked for it."""
+        return {"repo_id": self._repo, "filename": name, "revision": self._commit, "cache_dir": self._cache}
 
     def _remote_header(self, shard: str) -> FileHeader:
         """A shard's header by one or two range requests."""

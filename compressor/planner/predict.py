@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import ceil
 from typing import Any
 
 from compressor.model.families import tied
 from compressor.planner.kv_bytes import KvBytes, full_context, kv_bytes
 from compressor.stages.base import Claim, Unit
+from compressor.stages.stream import jobs_of
 
 GPU_MEMORY_GB = (24, 48, 80, 141)
 # vLLM's default --gpu-memory-utilization; the rest is its activations and the driver's context.
@@ -144,26 +146,16 @@ def gpus_needed(weight_bytes: int, kv_bytes_full: int) -> dict[int, int]:
 
 
 def _peak_rss(units: Sequence[Unit]) -> int:
-    """Base + twice the most that is read at once (the next is read ahead) + the solve of the largest matrix:
-    what it decodes to in fp32, and temporaries.
+    """Base + the most that a job and the next one take, which is read ahead, with what solving the job takes:
+    what its largest matrix decodes to in fp32, and temporaries.
     """
-    largest_read = largest_matrix = 0
-    for unit in units:
-        # What is solved together -> the reads it takes: a tensor, or one expert of it.
-        solved: dict[str, dict[tuple[str, int | None], int]] = defaultdict(dict)
-        for claim in unit.claims:
-            if claim.scheme is None:
-                largest_read = max(largest_read, claim.tensor.nbytes)
-                continue
-            for part in claim.role.parts:
-                group = part.fuse_group if claim.scheme.shares_tensor_scale else None
-                experts = claim.tensor.shape[0] if part.expert is not None else 1
-                read = solved[group or part.module]
-                read[claim.tensor.name, part.expert] = claim.tensor.nbytes // experts
-                largest_matrix = max(largest_matrix, part.out_features * part.in_features)
-        largest_read = max([largest_read, *(sum(read.values()) for read in solved.values())])
-    decoded = 4 * largest_matrix
-    return BASE_RSS_BYTES + 2 * largest_read + decoded + min(CHUNK_BYTES, CHUNK_COPIES * decoded)
+    jobs = [job for unit in units for job in jobs_of(unit)]
+    most = 0
+    for job, following in zip_longest(jobs, jobs[1:]):
+        decoded = 4 * max((part.out_features * part.in_features for _, part in job.parts), default=0)
+        held = job.held_bytes + decoded + min(CHUNK_BYTES, CHUNK_COPIES * decoded)
+        most = max(most, job.read_bytes, held + (following.read_bytes if following is not None else 0))
+    return BASE_RSS_BYTES + most
 
 
 def _seconds(claim: Claim) -> float:

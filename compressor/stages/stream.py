@@ -6,13 +6,14 @@ first shard without one. Peak memory is one group of matrices that share a scale
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressor.checkpoint.base import Source
+from compressor.checkpoint.base import Source, let_go
 from compressor.checkpoint.kept import KeptSource
 from compressor.checkpoint.safetensors_writer import ShardWriter, shard_names
 from compressor.dialects.base import Dialect
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
     import torch
 
 
+# Values of a copied tensor that are looked at together: what tells whether they are finite takes memory too.
+_CHECKED_VALUES = 1 << 24
+
+
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """Parts that are solved together, and where each comes from; a copy has no parts."""
 
     claims: tuple[Claim, ...]
@@ -38,12 +43,34 @@ class _Job:
 
     @property
     def source_bytes(self) -> int:
+        """What the job's matrices, or copied tensors, take in the source."""
         if not self.parts:
             return sum(claim.tensor.nbytes for claim in self.claims)
         return sum(
             claim.tensor.nbytes * part.out_features * part.in_features // claim.tensor.numel
             for claim, part in self.parts
         )
+
+    @property
+    def read_bytes(self) -> int:
+        """What is held while the job's tensors are read; of these, ``held_bytes`` stay."""
+        return self._entry_bytes + (self.source_bytes if self._is_extracted else 0)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held of the job's tensors until it is done: all, or the matrices taken out of them."""
+        return self.source_bytes if self._is_extracted else self._entry_bytes
+
+    @property
+    def _is_extracted(self) -> bool:
+        return any(part.transposed for _, part in self.parts)
+
+    @property
+    def _entry_bytes(self) -> int:
+        if not self.parts:
+            return self.source_bytes
+        entries = {(claim.tensor, part.expert) for claim, part in self.parts}
+        return sum(tensor.nbytes // (1 if expert is None else tensor.shape[0]) for tensor, expert in entries)
 
 
 def stream(
@@ -53,10 +80,13 @@ def stream(
     folder: Path,
     progress: Progress,
     walked: WalkedTensors | None = None,
+    *,
+    evict: bool = False,
 ) -> bool:
     """Writes every shard and its receipt into ``folder``; returns whether any was found finished.
 
-    ``walked``: tensors of the result that calibration has already made.
+    ``walked``: tensors of the result that calibration has already made. ``evict``: frees the disk of what was
+    fetched of the source once nothing more is read of it.
 
     Raises:
         CheckpointError: a weight is not finite, or the source changed or is truncated.
@@ -67,12 +97,25 @@ def stream(
     total = sum(shard.source_bytes for shard in shards)
     already = sum(shard.source_bytes for shard, done in zip(shards, finished, strict=True) if done)
     progress.start("weights", total, "bytes", done=already)
-    for name, shard, done in zip(names, shards, finished, strict=True):
-        if not done:
-            errors = _write_shard(source, shard, dialect, folder / name, progress, walked)
-            write_receipt(folder, name, errors)
+    left = {name: shard for name, shard, done in zip(names, shards, finished, strict=True) if not done}
+    reads = {name: tensors_read(shard, partial(_is_walked, walked)) for name, shard in left.items()}
+    for name, shard in left.items():
+        if evict:
+            let_go(source, set[str]().union(*reads.values()))
+        errors = _write_shard(source, shard, dialect, folder / name, progress, walked)
+        write_receipt(folder, name, errors)
+        del reads[name]
+    if evict:
+        let_go(source, set())
     progress.finish(resumed=all(finished))
     return any(finished)
+
+
+def tensors_read(shard: Shard, is_walked: Callable[[Claim], bool]) -> set[str]:
+    """The source tensors that writing a shard reads."""
+    claims = [claim for unit in shard.units for claim in unit.claims if not is_walked(claim)]
+    norms = (claim.role.input_norm for claim in claims if claim.scheme is not None)
+    return {claim.tensor.name for claim in claims} | {norm.tensor for norm in norms if norm is not None}
 
 
 def _write_shard(
@@ -84,9 +127,9 @@ def _write_shard(
     walked: WalkedTensors | None,
 ) -> list[PartError]:
     claims = [claim for unit in shard.units for claim in unit.claims]
-    done = [claim for claim in claims if walked is not None and _is_walked(claim, walked)]
+    done = [claim for claim in claims if _is_walked(walked, claim)]
     names = {claim.tensor.name for claim in done}
-    jobs = [job for unit in shard.units for job in _jobs(unit, leave_out=names)]
+    jobs = [job for unit in shard.units for job in jobs_of(unit, leave_out=names)]
     errors: list[PartError] = []
     with ShardWriter(path, [output for claim in claims for output in claim.outputs]) as writer:
         for claim in done:
@@ -106,11 +149,12 @@ def _write_shard(
                     changed = None if walked is None else walked.changed(claim.tensor.name)
                     _write_copy(claim, tensor if changed is None else changed, writer)
             progress.advance(job.source_bytes, note=path.name)
+            del tensors  # or they would be held until the next but one has been read
     return errors
 
 
-def _is_walked(claim: Claim, walked: WalkedTensors) -> bool:
-    return claim.scheme is not None and claim.role.parts[0].module in walked
+def _is_walked(walked: WalkedTensors | None, claim: Claim) -> bool:
+    return walked is not None and claim.scheme is not None and claim.role.parts[0].module in walked
 
 
 def _write_walked(
@@ -123,7 +167,7 @@ def _write_walked(
     return [walked.error(part.module) for part in claim.role.parts]
 
 
-def _jobs(unit: Unit, leave_out: Set[str]) -> list[_Job]:
+def jobs_of(unit: Unit, leave_out: Set[str] = frozenset()) -> list[Job]:
     """Splits a unit into the smallest groups that must be solved together: experts one by one."""
     grouped: dict[str, list[tuple[Claim, LinearPart]]] = {}
     copies = []
@@ -131,16 +175,16 @@ def _jobs(unit: Unit, leave_out: Set[str]) -> list[_Job]:
         if claim.tensor.name in leave_out:
             continue
         if claim.scheme is None:
-            copies.append(_Job((claim,), ()))
+            copies.append(Job((claim,), ()))
             continue
         for part in claim.role.parts:
             # Only schemes with a shared tensor scale need their fuse group together.
             shared = part.fuse_group if claim.scheme.shares_tensor_scale else None
             grouped.setdefault(shared or part.module, []).append((claim, part))
-    return copies + [_Job(tuple(claim for claim, _ in parts), tuple(parts)) for parts in grouped.values()]
+    return copies + [Job(tuple(claim for claim, _ in parts), tuple(parts)) for parts in grouped.values()]
 
 
-def _read(source: Source, job: _Job) -> list[torch.Tensor]:
+def _read(source: Source, job: Job) -> list[torch.Tensor]:
     if not job.parts:
         return [tensor for claim in job.claims for tensor in _read_whole(source, claim)]
     read: dict[tuple[str, int | None], torch.Tensor] = {}
@@ -159,7 +203,7 @@ def _read_whole(source: Source, claim: Claim) -> list[torch.Tensor]:
     return list(source.stored(claim.tensor.name).values())
 
 
-def _read_ahead(source: Source, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, list[torch.Tensor]]]:
+def _read_ahead(source: Source, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[torch.Tensor]]]:
     """Reads the next job's tensors while the present one is being solved."""
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
     try:
@@ -170,13 +214,14 @@ def _read_ahead(source: Source, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, li
             following = index + 1 < len(jobs)
             pending = reader.submit(_read, source, jobs[index + 1]) if following else None
             yield job, tensors
+            del tensors
     finally:
         # An interrupted run does not wait for what is being read.
         reader.shutdown(wait=False, cancel_futures=True)
 
 
 def _solve(
-    job: _Job,
+    job: Job,
     weights_OI: list[torch.Tensor],
     importance_I: torch.Tensor | None,
     dialect: Dialect,
@@ -202,7 +247,8 @@ def _solve(
 def _write_copy(claim: Claim, tensor: torch.Tensor, writer: ShardWriter) -> None:
     import torch
 
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    pieces = torch.split(tensor.flatten(), _CHECKED_VALUES)
+    if tensor.is_floating_point() and not all(bool(piece.isfinite().all()) for piece in pieces):
         raise CheckpointError(
             "the tensor has non-finite values (NaN or infinite)",
             where=claim.tensor.name,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +23,7 @@ class FakeHub:
 
     ``fault`` answers everything with an error; ``lie`` takes every revision for ``COMMIT`` and announces
     false sha256; without ``ranges`` it sends whole files. ``commit`` is what branch ``main`` is at.
+    ``asked`` is told of every file that is wanted to its end.
     """
 
     folder: Path
@@ -32,6 +33,7 @@ class FakeHub:
     lie: bool = False
     ranges: bool = True
     commit: str = COMMIT
+    asked: Callable[[str], None] = lambda _: None
 
 
 FAULTS = {
@@ -73,6 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = (hub.folder / name).read_bytes()
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": hub.commit}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if self.command == "GET" and not (wanted and wanted[2]):
+            hub.asked(name)
         if not wanted or not hub.ranges:
             return self._send(200, content, headers, name)
         first, last = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
