@@ -6,8 +6,9 @@ Legend: N tokens that reach a matrix, O out_features, I in_features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -86,6 +87,9 @@ class Block:
         steps: sites in the order of the forward pass; those of one step do not depend on one another.
         layout: where the steps' ears are.
         rounding: module of experts, relative to the block, and phase -> what rounds its inputs.
+
+    Args:
+        stored: module of experts whose matrices stay in the source -> what reads one of them.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class Block:
         layout: Layout,
         steps: tuple[tuple[Site, ...], ...],
         places: Mapping[str, Place],
+        stored: Mapping[str, Callable[[Place], torch.Tensor]] = MappingProxyType({}),
     ) -> None:
         self.path = path
         self.index = index
@@ -103,12 +108,14 @@ class Block:
         self.layout = layout
         self.steps = steps
         self._places = places
+        self._stored = stored
         self.rounding: dict[tuple[str, str], Rounding] = {}
         self._rounded: set[str] = set()
         self._shared: set[str] = set()
 
     def twin(self) -> Block:
         """The block once more; both hold the same parameters, until ``put`` gives the twin one of its own."""
+        assert not self._stored, "a matrix that is stored cannot be replaced"
         kept = [*self.module.parameters(), *self.module.buffers()]
         kept += [config for inner in self.module.modules() if (config := getattr(inner, "config", None))]
         module = copy.deepcopy(self.module, {id(shared): shared for shared in kept})
@@ -117,7 +124,12 @@ class Block:
         return twin
 
     def weight(self, part: LinearPart) -> torch.Tensor:
-        """The matrix ``[O, I]`` of a part as it is now: a view in the block's dtype, changed by ``put``."""
+        """The matrix ``[O, I]`` of a part as it is now: a view in the block's dtype, changed by ``put``; of
+        an expert that is stored, read anew.
+        """
+        place = self._places[part.module]
+        if place.owner in self._stored:
+            return self._stored[place.owner](place)
         return self.matrix_in(part, self.parameter_of(part).detach())
 
     def parameter_of(self, part: LinearPart) -> nn.Parameter:

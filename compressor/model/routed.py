@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from compressor.model.stored_experts import StoredExperts, expert_weight, original
+
 UP, DOWN = "up", "down"
 # Subclasses of nn.Linear in transformers whose own forward does the same.
 _PLAIN_LINEAR = frozenset({"FalconLinear"})
@@ -114,10 +116,12 @@ def heard_forward(
 ) -> Callable[..., torch.Tensor]:
     """A forward for the module ``experts`` that tells ``listener`` the inputs before it multiplies them.
 
+    Experts that are stored are read one by one.
+
     ``rounding``: phase -> what is done to inputs that were heard, before they are multiplied. ``scores``: of
     this pass's router.
     """
-    if _is_llama4(experts):
+    if _is_llama4(original(experts)):
 
         def dense(hidden: torch.Tensor) -> torch.Tensor:
             return _llama4(experts, listener, rounding, scores, hidden)
@@ -165,15 +169,19 @@ def _llama4(
     hidden: torch.Tensor,
 ) -> torch.Tensor:
     """Every expert sees every token; those not routed to it come as zeros."""
-    x_ENH = hidden.view(experts.gate_up_proj.shape[0], -1, experts.hidden_size)
+    made = original(experts)
+    x_ENH = hidden.view(made.num_experts, -1, made.hidden_size)
     chosen_EN = (x_ENH != 0).any(dim=-1)
     tokens = [chosen_N.nonzero().flatten() for chosen_N in chosen_EN]
     score_NE = scores(chosen_EN.T)
 
+    def gated(product: torch.Tensor) -> torch.Tensor:
+        gate, up = product.chunk(2, dim=-1)
+        inner: torch.Tensor = up * made.act_fn(gate)
+        return inner
+
     def inner(expert: int, x_RH: torch.Tensor) -> torch.Tensor:
-        gate, up = (_rounded(UP, x_RH, rounding) @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        inner_RI: torch.Tensor = up * experts.act_fn(gate)
-        return inner_RI
+        return gated(_rounded(UP, x_RH, rounding) @ expert_weight(experts, "gate_up_proj", expert))
 
     def offered(expert: int, tokens_R: torch.Tensor) -> torch.Tensor:
         # A token comes times the sigmoid of its score for the expert that it was routed to.
@@ -189,12 +197,26 @@ def _llama4(
         return _shares(rows, tokens, x_ENI.shape[1], score_NE, offered, inner)
 
     listener(UP, shares(x_ENH, None if score_NE is None else offered))
-    rounded_ENH = _rounded(UP, x_ENH, rounding)
-    gate, up = torch.bmm(rounded_ENH, experts.gate_up_proj).chunk(2, dim=-1)
-    inner_ENI = up * experts.act_fn(gate)
+    inner_ENI = _each(experts, "gate_up_proj", _rounded(UP, x_ENH, rounding), gated)
     listener(DOWN, shares(inner_ENI, None))
     inner_ENI = _rounded(DOWN, inner_ENI, rounding)
-    return torch.bmm(inner_ENI, experts.down_proj).view(-1, experts.hidden_size)
+    return _each(experts, "down_proj", inner_ENI, lambda product: product).view(-1, made.hidden_size)
+
+
+def _each(
+    experts: Any, name: str, x_ENI: torch.Tensor, after: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """``after`` of every expert's product; stored experts one by one, so that one product is held."""
+    if not isinstance(experts, StoredExperts):
+        return after(torch.bmm(x_ENI, getattr(experts, name)))
+    made: torch.Tensor | None = None
+    for expert, x_NI in enumerate(x_ENI):
+        own = after(torch.bmm(x_NI[None], experts.weight(name, expert)[None]))
+        if made is None:
+            made = own.new_empty(len(x_ENI), *own.shape[1:])
+        made[expert] = own[0]
+    assert made is not None, "there are experts"
+    return made
 
 
 def _grouped(
@@ -210,7 +232,7 @@ def _grouped(
     tokens, top_k = top_k_index_NK.shape
     expert_S, order_S = torch.sort(top_k_index_NK.reshape(-1))
     token_S = order_S // top_k
-    split = torch.bincount(expert_S, minlength=experts.num_experts).tolist()
+    split = torch.bincount(expert_S, minlength=original(experts).num_experts).tolist()
     token_of = torch.split(token_S, split)
     chosen_NE = torch.zeros(tokens, len(split), dtype=torch.bool, device=hidden_NH.device)
     score_NE = scores(chosen_NE.scatter_(1, top_k_index_NK, True))
@@ -241,25 +263,48 @@ def _grouped_inner(
 ) -> torch.Tensor:
     """The inputs [S, I] of the last product; rows sorted by expert."""
     x_SH = _rounded(UP, x_SH, rounding)
+    module = original(experts)
     made: torch.Tensor
-    if experts.has_gate:
-        made = experts._apply_gate(_product(experts, "gate_up_proj", x_SH, expert_S))
+    if module.has_gate:
+        made = module._apply_gate(_product(experts, "gate_up_proj", x_SH, expert_S))
     else:
-        made = experts.act_fn(_product(experts, "up_proj", x_SH, expert_S))
+        made = module.act_fn(_product(experts, "up_proj", x_SH, expert_S))
     return made
 
 
 def _product(experts: Any, name: str, x_SI: torch.Tensor, expert_S: torch.Tensor) -> torch.Tensor:
     """Each row times its expert's matrix; rows sorted by expert."""
+    module = original(experts)
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    counts = torch.bincount(expert_S, minlength=module.num_experts)
+    if not isinstance(experts, StoredExperts):
+        return _multiplied(module, x_SI, getattr(module, name), counts, bias, expert_S)
+    made = []
+    rows = zip(torch.split(x_SI, counts.tolist()), torch.split(expert_S, counts.tolist()), strict=True)
+    for expert, (x_MI, expert_M) in enumerate(rows):
+        if len(x_MI):
+            weight = experts.weight(name, expert)[None]
+            made.append(_multiplied(module, x_MI, weight, counts[expert, None], bias, expert_M))
+    return torch.cat(made)
+
+
+def _multiplied(
+    module: Any,
+    x_SI: torch.Tensor,
+    weight: torch.Tensor,
+    counts_E: torch.Tensor,
+    bias: torch.Tensor | None,
+    expert_S: torch.Tensor,
+) -> torch.Tensor:
+    """Each row times its group's matrix: ``weight`` has one for each of ``counts_E``."""
     from transformers.integrations.moe import _grouped_linear
 
-    counts = torch.bincount(expert_S, minlength=experts.num_experts)
     made: torch.Tensor = _grouped_linear(
         x_SI,
-        getattr(experts, name),
-        torch.cumsum(counts, dim=0, dtype=torch.int32),
-        bias=getattr(experts, f"{name}_bias")[expert_S] if experts.has_bias else None,
-        is_transposed=experts.is_transposed,
+        weight,
+        torch.cumsum(counts_E, dim=0, dtype=torch.int32),
+        bias=None if bias is None else bias[expert_S],
+        is_transposed=module.is_transposed,
     )
     return made
 

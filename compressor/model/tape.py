@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 from compressor.checkpoint.base import Source
-from compressor.model.blocks import Block, Site, site_name, sites_of
+from compressor.model.blocks import Block, Place, Site, site_name, sites_of
 from compressor.model.decoder import Decoder
 from compressor.model.hidden import HiddenStates
 from compressor.model.listen import Ear, Ears, Heard, listen
+from compressor.model.names import extract
 from compressor.model.outside import Outside, as_parameter
 from compressor.model.paused import PausedPasses
-from compressor.model.routed import Share
+from compressor.model.routed import Share, is_expert_owner, phase_of
+from compressor.model.stored_experts import ReadExpert, StoredExperts
 from compressor.model.stubs import Call
 
 # Site, the rows [N, I] that reach it, and for an expert what else is known of its share, else None. The rows
@@ -116,14 +118,18 @@ class Tape:
         """The steps of a block that is not loaded; see ``Block.steps``."""
         return sites_of(self.blocks[index], self._decoder.layouts[index], self._decoder.places[index])
 
-    def load(self, index: int) -> Block:
+    def load(self, index: int, *, stored_experts: bool = False) -> Block:
         """A block with its real weights, in host memory until ``place``; may run in a thread beside ``run``.
+
+        ``stored_experts``: but for those of experts, which are read whenever they are computed with. Such a
+        block has no twin, and none of its matrices can be replaced.
 
         Raises:
             CheckpointError: a tensor cannot be read.
         """
         path = self.blocks[index]
         module = self._decoder.copy_of(index)
+        readers = self._expert_readers(module, path) if stored_experts else {}
         targets: dict[str, torch.Tensor] = {}
         for name, inner in module.named_modules():
             for leaf, tensor in [*inner._parameters.items(), *inner._buffers.items()]:
@@ -137,8 +143,41 @@ class Tape:
                 if tensor.is_meta:
                     targets[".".join(part for part in (path, name, leaf) if part)] = made
         self._decoder.tensors.fill(self._decoder.source, targets)
+        for owner, read in readers.items():
+            parent, _, name = owner.rpartition(".")
+            stored = StoredExperts(module.get_submodule(owner), read)
+            module.get_submodule(parent).register_module(name, stored)
         places = {place.part.module: place for place in self._decoder.places[index]}
-        return Block(path, index, module, self._decoder.layouts[index], self.steps(index), places)
+        layout, steps = self._decoder.layouts[index], self.steps(index)
+        return Block(path, index, module, layout, steps, places, dict.fromkeys(readers, self._read_matrix))
+
+    def _expert_readers(self, module: nn.Module, path: str) -> dict[str, ReadExpert]:
+        """Module of experts -> what reads entries of its parameters, which are taken from it."""
+        tensors, readers = self._decoder.tensors, {}
+        for owner, experts in module.named_modules():
+            if is_expert_owner(experts):
+                leaves = [leaf for leaf in experts._parameters if phase_of(experts, leaf) is not None]
+                if all(tensors.has_entries(f"{path}.{owner}.{leaf}") for leaf in leaves):
+                    readers[owner] = self._expert_reader(experts, f"{path}.{owner}", leaves)
+        return readers
+
+    def _expert_reader(self, experts: nn.Module, path: str, leaves: Sequence[str]) -> ReadExpert:
+        """What reads the entries of some parameters of a module, which gives these up."""
+        shapes = {leaf: experts.get_parameter(leaf).shape[1:] for leaf in leaves}
+        for leaf in leaves:
+            experts._parameters[leaf] = None
+
+        def read(leaf: str, expert: int) -> torch.Tensor:
+            made = torch.empty(shapes[leaf], dtype=self._dtype, device=self._device)
+            self._decoder.tensors.fill_entry(self._decoder.source, f"{path}.{leaf}", expert, made)
+            return made
+
+        return read
+
+    def _read_matrix(self, place: Place) -> torch.Tensor:
+        """A matrix of an expert that is stored."""
+        tensor = self._decoder.source.read(place.piece.tensor, place.part.expert)
+        return extract(tensor, place.part).to(self._device, self._dtype)
 
     def place(self, block: Block) -> Block:
         """The same block, brought to the device that computes."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,6 +131,20 @@ class TensorMap:
                     for other in made.keys() & targets.keys():
                         targets[other].copy_(made[other])
                         done.add(other)
+
+    def has_entries(self, name: str) -> bool:
+        """Whether each entry along the parameter's first dimension can be read alone."""
+        pieces = self.pieces.get(name, ())
+        return bool(pieces) and all(piece.expert is not None or piece.size is None for piece in pieces)
+
+    def fill_entry(self, source: Source, name: str, index: int, target: torch.Tensor) -> None:
+        """Reads entry ``index`` of the parameter ``name``, which ``has_entries``, into ``target``."""
+        with torch.no_grad():
+            for piece in self.pieces[name]:
+                if piece.expert is None:
+                    target.copy_(source.read(piece.tensor, index))
+                elif piece.expert == index:
+                    replace(piece, expert=None).of(target).copy_(source.read(piece.tensor))
 
     def _convert_on_meta(
         self, conversion: _Conversion, headers: Mapping[str, TensorHeader], where: str

@@ -64,12 +64,13 @@ def stacked(jobs: Sequence[Job], weight: Callable[[LinearPart], torch.Tensor]) -
 
 
 def alike(jobs: Sequence[HeardJob]) -> list[list[HeardJob]]:
-    """Jobs that may be solved at once: of one scheme, solver and shape."""
+    """Jobs that may be solved at once: of one scheme, solver and shape; without moments each alone."""
     grouped: dict[object, list[HeardJob]] = {}
     for job, moments in jobs:
         claim = job[0][0]
         shapes = tuple((part.out_features, part.in_features) for _, part in job)
-        key = (claim.scheme, claim.solver, claim.role.input_norm, shapes, moments is None)
+        alone = job[0][1].module if moments is None else ""
+        key = (claim.scheme, claim.solver, claim.role.input_norm, shapes, alone)
         grouped.setdefault(key, []).append((job, moments))
     return list(grouped.values())
 

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.calibration.spec import CalibrationSpec
-from compressor.checkpoint.base import Source
+from compressor.checkpoint.base import Source, let_go
 from compressor.device import collect_memory, pick_device, return_freed_memory
 from compressor.errors import CheckpointError
 from compressor.progress import Progress
@@ -58,6 +59,8 @@ class WalkSpec:
         moment_bytes: most bytes of statistics that one pass over the data gathers.
         keep_inputs: keep all that a block's matrices are fed, instead of computing it again for every step.
         unlearned: numbers of the blocks that take too much memory to be learned, so that their start stays.
+        read_ahead: the next block is read while one is worked on.
+        stored_experts: experts are read when they are computed with; for walks that replace no matrix.
     """
 
     batch_tokens: int
@@ -66,6 +69,8 @@ class WalkSpec:
     moment_bytes: int
     keep_inputs: bool
     unlearned: tuple[int, ...] = ()
+    read_ahead: bool = True
+    stored_experts: bool = False
 
 
 def walk_stage(
@@ -75,8 +80,12 @@ def walk_stage(
     spec: WalkSpec,
     folder: Path,
     progress: Progress,
+    *,
+    evict: bool = False,
 ) -> dict[str, Any]:
     """Makes the calibration tokens and walks; facts for the report: ``resumed``, and ``calibration``.
+
+    ``evict``: see ``walk``.
 
     Raises:
         CheckpointError: as ``walk``, or the source has no tokenizer.
@@ -85,7 +94,7 @@ def walk_stage(
     compile_ahead(claims)
     return_freed_memory()
     shown = calibration_tokens(source, calibration, folder, progress)
-    resumed = walk(source, claims, shown.ids_NT, spec, folder, progress)
+    resumed = walk(source, claims, shown.ids_NT, spec, folder, progress, evict=evict)
     collect_memory()
     facts = {
         "texts": shown.counts,
@@ -107,6 +116,8 @@ def walk(
     spec: WalkSpec,
     folder: Path,
     progress: Progress,
+    *,
+    evict: bool = False,
 ) -> bool:
     """Writes a file and a receipt for every block; returns whether any was found finished.
 
@@ -117,6 +128,7 @@ def walk(
         spec: how to compute.
         folder: of the stage.
         progress: told of every matrix.
+        evict: frees the disk of what was fetched of the source once nothing more is read of it.
 
     Raises:
         CheckpointError: the model cannot be walked, or a weight is not finite.
@@ -146,7 +158,8 @@ def walk(
             first = streams.begin(len(batches), done.index(False))
             _forget_broken(folder, done)
             finished = WalkedTensors(folder)
-            for index, block in _loaded(tape, range(first, len(by_block))):
+            _let_go(source, tape, first, evict)
+            for index, block in _loaded(tape, range(first, len(by_block)), spec):
                 work = BlockWalk(
                     source,
                     tape,
@@ -168,12 +181,19 @@ def walk(
                     if batches and index + 1 < len(by_block):
                         work.advance()
                         streams.keep(index + 1)
+                _let_go(source, tape, index + 1, evict)
         streams.discard()
     _warn_of_fallbacks(folder, progress)
     _warn_of_unlearned(folder, progress)
     _warn_of_starved(folder, progress)
     progress.finish(resumed=all(done))
     return any(done)
+
+
+def _let_go(source: Source, tape: Tape, first: int, evict: bool) -> None:
+    """Frees the disk of what was fetched for other blocks than those from ``first`` on, if asked to."""
+    if evict:
+        let_go(source, {name for index in range(first, len(tape.blocks)) for name in tape.tensors(index)})
 
 
 def _few(ids_NT: torch.Tensor) -> torch.Tensor:
@@ -291,15 +311,20 @@ def _shared_scales(claim: Claim) -> set[str]:
     return {part.fuse_group for part in claim.role.parts if part.fuse_group is not None}
 
 
-def _loaded(tape: Tape, indices: range) -> Iterator[tuple[int, Block]]:
-    """Blocks with their weights; the next is read while the present one is worked on."""
+def _loaded(tape: Tape, indices: range, spec: WalkSpec) -> Iterator[tuple[int, Block]]:
+    """Blocks with their weights; the next is read while the present one is worked on, if memory allows."""
+    load = partial(tape.load, stored_experts=spec.stored_experts)
+    if not spec.read_ahead:
+        for index in indices:
+            yield index, tape.place(load(index))
+        return
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
     try:
-        pending = reader.submit(tape.load, indices[0])
+        pending = reader.submit(load, indices[0])
         for index in indices:
             block = tape.place(pending.result())
             if index + 1 in indices:
-                pending = reader.submit(tape.load, index + 1)
+                pending = reader.submit(load, index + 1)
             yield index, block
             del block
     finally:
