@@ -176,14 +176,17 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
 
     def run_stream(folder: Path) -> Mapping[str, Any]:
         walked = None if found is None else WalkedTensors(found)
-        return {"resumed": stream(plan.source, plan.shards, plan.dialect, folder, progress, walked)}
+        shards, dialect, evict = plan.shards, plan.dialect, plan.evicts
+        return {"resumed": stream(plan.source, shards, dialect, folder, progress, walked, evict=evict)}
 
     def run_assemble(folder: Path) -> Mapping[str, Any]:
         assemble(plan.source, plan.shards, plan.dialect, streamed, folder)
         return {}
 
     def run_evaluate(folder: Path) -> Mapping[str, Any]:
-        return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress)
+        bounds = plan.loaded.recipe.workspace
+        most = bounds.max_memory_bytes if bounds is not None else None
+        return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress, most)
 
     stages = [
         _Stage("stream", first, run_stream),
@@ -196,7 +199,8 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
         return stages
 
     def run_walk(folder: Path) -> Mapping[str, Any]:
-        return walk_stage(plan.source, plan.claims, walk.calibration, walk.walk, folder, progress)
+        shown, how, evict = walk.calibration, walk.walk, plan.evicts
+        return walk_stage(plan.source, plan.claims, shown, how, folder, progress, evict=evict)
 
     walked = [_Stage("walk", zeroth, run_walk)]
     return [*walked, *stages] if polish is None else [*walked, polish, *stages]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -100,7 +101,56 @@ class FetchedSource(Protocol):
         ...
 
 
+@runtime_checkable
+class WrappingSource(Protocol):
+    """A source that reads another one's tensors, under its own names.
+
+    Attributes:
+        inner: the other one.
+    """
+
+    @property
+    def inner(self) -> Source:
+        """See above."""
+        ...
+
+    def stored_names(self, name: str) -> Collection[str]:
+        """The tensors of ``inner`` that are read for the tensor ``name``."""
+        ...
+
+
+@dataclass(frozen=True)
+class FetchedFiles:
+    """What a source downloads.
+
+    Attributes:
+        homes: tensor -> the files that are read for it.
+        file_bytes: size of each file.
+    """
+
+    homes: Mapping[str, Collection[str]]
+    file_bytes: Mapping[str, int]
+
+
+def fetched_files(source: Source) -> FetchedFiles | None:
+    """What the source downloads, or the one that it wraps; None where all is local."""
+    if isinstance(source, WrappingSource):
+        inner = fetched_files(source.inner)
+        if inner is None:
+            return None
+        homes = {
+            name: {file for stored in source.stored_names(name) for file in inner.homes[stored]}
+            for name in source.headers
+        }
+        return FetchedFiles(homes, inner.file_bytes)
+    if isinstance(source, FetchedSource):
+        return FetchedFiles({name: (file,) for name, file in source.homes.items()}, source.file_bytes)
+    return None
+
+
 def let_go(source: Source, still_read: Set[str]) -> None:
     """Frees the disk of what was fetched for other tensors than these; of local sources nothing."""
-    if isinstance(source, FetchedSource):
+    if isinstance(source, WrappingSource):
+        let_go(source.inner, {stored for name in still_read for stored in source.stored_names(name)})
+    elif isinstance(source, FetchedSource):
         source.keep_only(still_read)

@@ -32,7 +32,8 @@ class DequantizedSource:
     of their own any more, and experts that were written one by one are fused again where their family's are.
 
     Attributes:
-        stored_bytes: of all tensors as they lie.
+        inner: the same source as it lies.
+        stored_bytes: of all its tensors.
 
     Args:
         stored: the same source, opened as it lies.
@@ -43,7 +44,7 @@ class DequantizedSource:
     """
 
     def __init__(self, stored: Source, *, how: str = "dequantize") -> None:
-        self._stored = stored
+        self.inner: Source = stored
         self.kind: Kind = "headers" if stored.kind == "headers" else "dequantized"
         self.label, self.revision, self.license = stored.label, stored.revision, stored.license
         self._layout = layout = _layout_of(stored, how).checked(stored.headers)
@@ -63,18 +64,26 @@ class DequantizedSource:
             return self._read_fused(self._fused[name], index)
         packed = self._layout.tensors.get(name)
         if packed is None:
-            return self._stored.read(name, index)
+            return self.inner.read(name, index)
         alone = index is not None and packed.by_expert
         decoded = self._decoded(packed, index if alone else None)
         return decoded if index is None or alone else decoded[index].clone()
 
+    def stored_names(self, name: str) -> set[str]:
+        """The tensors of ``inner`` that are read for the tensor ``name``, or carried with it."""
+        if name in self._fused:
+            parts = (part for expert in self._fused[name].parts for part in expert)
+            return set[str]().union(*(self.stored_names(f"{part.module}.weight") for part in parts))
+        packed = self._layout.tensors.get(name)
+        return {name} if packed is None else {*packed.parts.values(), *packed.beside}
+
     def write_side_files(self, folder: Path) -> list[str]:
         """As the source itself."""
-        return self._stored.write_side_files(folder)
+        return self.inner.write_side_files(folder)
 
     def model_dir(self) -> Path | None:
         """The folder of the source, where its tokenizer lies; its weights are quantized there."""
-        return self._stored.model_dir()
+        return self.inner.model_dir()
 
     def gguf_file(self) -> str | None:
         """None: the weights are safetensors."""
@@ -93,7 +102,7 @@ class DequantizedSource:
         return found
 
     def _decoded(self, packed: Packed, expert: int | None) -> torch.Tensor:
-        parts = {local: self._stored.read(name, expert) for local, name in packed.parts.items()}
+        parts = {local: self.inner.read(name, expert) for local, name in packed.parts.items()}
         check_finite(parts, packed.parts)
         decoded = packed.decode(parts)
         if not bool(decoded.isfinite().all()):

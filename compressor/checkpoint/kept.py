@@ -100,7 +100,7 @@ class KeptSource(DequantizedSource):
         """
         packed: Packed = self._layout.tensors[name]
         names = {part: part for part in (*packed.parts.values(), *packed.beside)}
-        found = {part: self._stored.read(part) for part in names}
+        found = {part: self.inner.read(part) for part in names}
         check_finite(found, names)
         return found
 

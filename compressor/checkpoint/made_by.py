@@ -7,7 +7,7 @@ config.json holds the factory's keyword arguments. Nothing is imported here: who
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +42,7 @@ class FactorySource:
     def __init__(self, inner: Source, factory: str, *, allowed: bool) -> None:
         self.factory = factory
         self.allowed = allowed
-        self._inner = inner
+        self.inner: Source = inner
         self.label: str = inner.label
         self.kind: Kind = inner.kind
         self.revision: str | None = inner.revision
@@ -56,15 +56,19 @@ class FactorySource:
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """See ``Source.read``."""
-        return self._inner.read(name, index)
+        return self.inner.read(name, index)
+
+    def stored_names(self, name: str) -> Collection[str]:
+        """The tensor itself."""
+        return (name,)
 
     def write_side_files(self, folder: Path) -> list[str]:
         """See ``Source.write_side_files``."""
-        return self._inner.write_side_files(folder)
+        return self.inner.write_side_files(folder)
 
     def model_dir(self) -> Path | None:
         """See ``Source.model_dir``."""
-        return self._inner.model_dir()
+        return self.inner.model_dir()
 
     def gguf_file(self) -> str | None:
         """None."""

@@ -12,6 +12,7 @@ from compressor.checkpoint.made_by import FACTORY_KEY
 from compressor.device import available_device_bytes, available_memory_bytes, has_fast_bfloat16
 from compressor.errors import UserError
 from compressor.model.families import block_index
+from compressor.planner.memory import activation_bytes, hold_blocks
 from compressor.planner.oneshot import takes
 from compressor.planner.predict import BASE_RSS_BYTES, Prediction
 from compressor.planner.sizes import (
@@ -27,6 +28,7 @@ from compressor.planner.sizes import (
     routed_share,
 )
 from compressor.planner.smoothed import smoothed_bytes
+from compressor.planner.walkable import decoder_blocks
 from compressor.solvers import parse_solver
 from compressor.solvers.base import LEARNED_BYTES
 from compressor.stages.base import Claim, needs_calibration, needs_moments, needs_range
@@ -85,6 +87,8 @@ class WalkPlan:
         statistics_bytes: of moments and what a solver makes of the largest, or of learning or smoothing a
             block.
         walked_bytes: of the blocks' quantized tensors.
+        held_bytes: of the blocks that are held at once, with the activations of a pass.
+        entry_bytes: what it takes to compute the first block's inputs: the embedding, as it is read too.
         time_s: of forward passes and moments; solving is in the prediction already.
     """
 
@@ -96,6 +100,8 @@ class WalkPlan:
     inputs_bytes: int
     statistics_bytes: int
     walked_bytes: int
+    held_bytes: int
+    entry_bytes: int
     time_s: float
 
     def warnings(self) -> list[str]:
@@ -110,18 +116,22 @@ class WalkPlan:
             "with more free memory the result is another"
         ]
 
+    @property
+    def kept_bytes(self) -> int:
+        """What lies on the disk only until the walk is done: states that are spilled, or kept for a rerun."""
+        # Those kept replace the ones before only when they are whole.
+        return self.states_bytes * (3 if self.walk.states == "disk" else 2)
+
     def add_to(self, prediction: Prediction) -> Prediction:
         """The prediction with memory, disk and time of the walk."""
-        # The block in both streams, and the one being read; the largest of each.
-        held = 3 * max(self.blocks, default=0) + self.statistics_bytes
-        held += self.states_bytes if self.walk.states == "host" else 0
+        states = self.states_bytes if self.walk.states == "host" else 0
+        held = self.held_bytes + self.statistics_bytes
         held += self.inputs_bytes if self.walk.keep_inputs else 0
-        # States kept for a rerun replace the ones before only when they are whole.
-        on_disk = self.states_bytes * (3 if self.walk.states == "disk" else 2)
+        held = states + max(held, self.entry_bytes)
         return replace(
             prediction,
             peak_rss_bytes=max(prediction.peak_rss_bytes, BASE_RSS_BYTES + held),
-            disk_bytes=prediction.disk_bytes + self.walked_bytes + on_disk,
+            disk_bytes=prediction.disk_bytes + self.walked_bytes + self.kept_bytes,
             time_s=prediction.time_s + self.time_s,
         )
 
@@ -156,8 +166,16 @@ def unmeasured(claims: Sequence[Claim]) -> list[UserError]:
     ]
 
 
-def plan_walk(claims: Sequence[Claim], calibration: CalibrationSpec, config: dict[str, Any]) -> WalkPlan:
-    """Decides dtype, batches and places of a walk that some claim needs."""
+def plan_walk(
+    claims: Sequence[Claim],
+    calibration: CalibrationSpec,
+    config: dict[str, Any],
+    most_memory_bytes: int | None = None,
+) -> WalkPlan:
+    """Decides dtype, batches and places of a walk that some claim needs.
+
+    ``most_memory_bytes``: of the process, where it may not take all that is free.
+    """
     device = planned_device()
     # Modules of strangers mix parameters with buffers, which stay in float32.
     fast = has_fast_bfloat16() and FACTORY_KEY not in config
@@ -173,6 +191,8 @@ def plan_walk(claims: Sequence[Claim], calibration: CalibrationSpec, config: dic
     widths = [_input_widths(members) for members in blocks.values()]
     inputs_bytes = calibration.tokens * width * max((sum(dense) for dense, _ in widths), default=0)
     free = available_memory_bytes()
+    if most_memory_bytes is not None:
+        free = max(0, min(free, most_memory_bytes - BASE_RSS_BYTES))
     places: dict[Literal["device", "host"], float] = {
         "device": min(_STATES_SHARE * available_device_bytes(), _DEVICE_STATES_BYTES)
         if device == "cuda"
@@ -202,11 +222,53 @@ def plan_walk(claims: Sequence[Claim], calibration: CalibrationSpec, config: dic
         _learned_bytes(blocks, spec, hidden_size(config)),
         max((choosing for choosing, _ in smoothed), default=0),
     ) + max((held for _, held in smoothed), default=0)
+    decoder = decoder_blocks(claims)
+    beside = statistics + (states_bytes if spec.states == "host" else 0)
+    beside += inputs_bytes if spec.keep_inputs else 0
+    spec, held = _held(decoder, spec, device, calibration, config, streams=streams, free=free - beside)
     sizes = [width * sum(claim.tensor.numel for claim in members) for members in blocks.values()]
+    entry = sum(
+        claim.tensor.nbytes + width * claim.tensor.numel for claim in claims if claim.role.kind == "embedding"
+    )
     time_s = _time_s([c for c in claims if in_block(c)], widths, calibration.tokens, spec, device, config)
     return WalkPlan(
-        calibration, spec, device, tuple(sizes), states_bytes, inputs_bytes, statistics, walked, time_s
+        calibration=calibration,
+        walk=spec,
+        device=device,
+        blocks=tuple(sizes),
+        states_bytes=states_bytes,
+        inputs_bytes=inputs_bytes,
+        statistics_bytes=statistics,
+        walked_bytes=walked,
+        held_bytes=held,
+        entry_bytes=entry,
+        time_s=time_s,
     )
+
+
+def _held(
+    blocks: Mapping[int, Sequence[Claim]],
+    spec: WalkSpec,
+    device: Device,
+    calibration: CalibrationSpec,
+    config: dict[str, Any],
+    *,
+    streams: int,
+    free: float,
+) -> tuple[WalkSpec, int]:
+    """The spec with how the blocks are held, and the bytes of these and of a pass's activations."""
+    width, first = DTYPE_BYTES[spec.dtype], next(iter(blocks.values()), [])
+    tokens = min(calibration.tokens, max(spec.batch_tokens, calibration.sequence_length))
+    made = {stored: activation_bytes(first, tokens, width, config, stored=stored) for stored in (False, True)}
+    if device != "cpu":
+        # Blocks wait in the host's memory, where next to nothing else is.
+        whole = max(
+            (width * sum(claim.tensor.numel for claim in members) for members in blocks.values()), default=0
+        )
+        return spec, 3 * whole
+    held = hold_blocks(blocks, width, streams=streams, free_bytes=free - made[False])
+    chosen = replace(spec, read_ahead=held.read_ahead, stored_experts=held.stored_experts)
+    return chosen, held.nbytes + made[held.stored_experts]
 
 
 def _batch_tokens(

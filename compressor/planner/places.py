@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from compressor import data
 from compressor.errors import UserError
+from compressor.evals.base import EvalSpec
 from compressor.planner.predict import Prediction
+from compressor.stages.base import Claim
+from compressor.stages.evaluate import memory_needed
 from compressor.workspace import Workspace
 
 _MAX_TEXT_BYTES = 4 << 30
@@ -88,6 +92,30 @@ def check_disk(
                     f"the plan needs {needed / 1e6:,.1f} MB more of disk, {free / 1e6:,.1f} MB are free",
                     where=str(place),
                     fix="free some space (`compress clean` shows the workspace) or choose another --output",
+                )
+            )
+
+
+def check_memory(
+    needed: int,
+    claims: Sequence[Claim],
+    evaluation: EvalSpec | None,
+    most: int | None,
+    faults: list[UserError],
+) -> None:
+    """What the plan needs of memory against the most that the recipe allows, if it says so."""
+    if most is None:
+        return
+    told = {"the weights": needed}
+    if evaluation is not None:
+        told["measuring the result against its source (evaluate)"] = memory_needed(claims, evaluation)
+    for what, size in told.items():
+        if size > most:
+            faults.append(
+                UserError(
+                    f"{what}: {size / 1e9:.2f} GB of memory are needed, more than {most / 1e9:.2f} GB",
+                    where="workspace.max_memory_bytes",
+                    fix="allow more, or ask for less: `calibration` of fewer tokens, `evaluate: null`",
                 )
             )
 

@@ -14,7 +14,6 @@ from compressor.calibration.check import check_calibration
 from compressor.calibration.pinned import pinned
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
-from compressor.checkpoint.dequantized import DequantizedSource
 from compressor.checkpoint.kept import KeptSource
 from compressor.checkpoint.made_by import FactorySource
 from compressor.checkpoint.sources import open_source
@@ -23,6 +22,7 @@ from compressor.dialects.base import Dialect
 from compressor.errors import PlanError, UserError
 from compressor.evals.base import SHIPPED_TASKS, EvalSpec
 from compressor.model.families import family_for
+from compressor.planner.bounds import Parts, predict_bounded
 from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers, unmeasured, walk_key
 from compressor.planner.claims import claim_tensors
 from compressor.planner.kept import kept_faults
@@ -33,7 +33,7 @@ from compressor.planner.made import factory_faults
 from compressor.planner.oneshot import OneshotPlan, oneshot_faults, oneshot_key, plan_oneshot
 from compressor.planner.places import check_disk, check_places, check_text
 from compressor.planner.polished import PolishPlan, check_polish, plan_polish, polish_key
-from compressor.planner.predict import Prediction, RuleRow, predict, rule_rows
+from compressor.planner.predict import Prediction, RuleRow, rule_rows
 from compressor.planner.walkable import walk_faults
 from compressor.recipe.load import LoadedRecipe
 from compressor.recipe.mixtures import calibration_spec
@@ -69,6 +69,7 @@ class Plan:
         output: the output folder.
         workspace: where stages are kept.
         warnings: things the user should know before starting.
+        evicts: whether what was fetched of the source is removed when it is read no more.
     """
 
     loaded: LoadedRecipe
@@ -89,6 +90,7 @@ class Plan:
     output: Path
     workspace: Workspace
     warnings: tuple[str, ...]
+    evicts: bool = False
 
     @property
     def reload_rss_bytes(self) -> int:
@@ -143,12 +145,11 @@ def make_plan(
     walk = None if oneshot is not None else _walk(loaded, source, calibration, claims, faults, warnings)
     polish = None if walk is None else _polish(loaded, source, walk, claims, faults, warnings)
     units = group_units(claims)
-    # Only Hub sources have a revision: their shards are downloaded into the workspace.
-    download = _stored_bytes(source) if source.revision else 0
-    prediction = predict(claims, units, source.config, download)
-    for part in (walk, oneshot, polish):
-        if part is not None:
-            prediction = part.add_to(prediction)
+    shards = tuple(pack_shards(units, recipe.export.max_shard_bytes))
+    parts = Parts(evaluation, walk, oneshot, polish)
+    prediction, evicts = predict_bounded(
+        recipe.workspace, source, claims, units, shards, parts, faults, warnings
+    )
     check_places(output, space.root, source.model_dir() if source.revision is None else None, faults)
     plan = Plan(
         loaded=loaded,
@@ -157,7 +158,7 @@ def make_plan(
         inferred=family.inferred,
         claims=tuple(claims),
         dialect=dialect,
-        shards=tuple(pack_shards(units, recipe.export.max_shard_bytes)),
+        shards=shards,
         rows=tuple(rule_rows(claims)),
         calibration=calibration,
         walk=walk,
@@ -169,6 +170,7 @@ def make_plan(
         output=output,
         workspace=space,
         warnings=(*_warnings(loaded, source), *warnings, *dialect.warnings(modules_of(source, claims))),
+        evicts=evicts,
     )
     if not planning:
         check_disk(prediction, output, space, stream_key(plan), faults)
@@ -197,13 +199,6 @@ def _open(
     made = FactorySource(source, model.factory, allowed=allow_code)
     faults += factory_faults(loaded.recipe, made, planning=planning)
     return made
-
-
-def _stored_bytes(source: Source) -> int:
-    """Bytes of the source's tensors as they lie."""
-    if isinstance(source, DequantizedSource):
-        return source.stored_bytes
-    return sum(header.nbytes for header in source.headers.values())
 
 
 def _calibration(
@@ -252,7 +247,9 @@ def _walk(
         return None
     faults += walk_faults(claims, source.config, source.label)
     faults += learned_on_one_row(claims, calibration)
-    walk = plan_walk(claims, calibration, source.config)
+    section = loaded.recipe.workspace
+    most_memory = section.max_memory_bytes if section is not None else None
+    walk = plan_walk(claims, calibration, source.config, most_memory)
     warnings += walk.warnings()
     return walk
 

@@ -23,7 +23,7 @@ def walk_faults(claims: Sequence[Claim], config: dict[str, Any], label: str) -> 
     if not isinstance(config.get("model_type"), str):
         what = "config.json names no model_type, so nobody knows how the model computes"
         return [UserError(what, where=label, fix="use a checkpoint of a model that transformers knows")]
-    blocks = _blocks(claims)
+    blocks = decoder_blocks(claims)
     if not blocks:
         what = "none of its matrices lie in repeated blocks, so it cannot be calibrated block by block"
         return [UserError(what, where=label, fix="use a solver and a scheme that need no data")]
@@ -37,16 +37,20 @@ def walk_faults(claims: Sequence[Claim], config: dict[str, Any], label: str) -> 
     return [UserError(what, where=label, fix=_FIX)]
 
 
-def _blocks(claims: Sequence[Claim]) -> set[int]:
-    """The numbers of the decoder's blocks: of the list of blocks that holds the most linear matrices."""
+def decoder_blocks(claims: Sequence[Claim]) -> dict[int, list[Claim]]:
+    """The decoder's blocks by number: of the list of blocks that holds the most linear matrices."""
     placed = [(claim, found) for claim in claims if (found := _placed(claim.tensor.name)) is not None]
     sizes = Counter[str]()
     for claim, (path, _) in placed:
         sizes[path] += claim.tensor.numel if claim.role.kind == "linear" else 0
     if not any(sizes.values()):
-        return set()
+        return {}
     (decoder, _), *_ = sizes.most_common(1)
-    return {index for _, (path, index) in placed if path == decoder}
+    blocks: dict[int, list[Claim]] = {}
+    for claim, (path, index) in placed:
+        if path == decoder:
+            blocks.setdefault(index, []).append(claim)
+    return blocks
 
 
 def _placed(name: str) -> tuple[str, int] | None:

@@ -225,6 +225,24 @@ class ExportSection(Section):
     )
 
 
+class WorkspaceSection(Section):
+    """What the run may take of this machine."""
+
+    max_bytes: Bytes | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="Most bytes that the run may take on the disk, in workspace and output, such as 60GB. "
+        "Where that does not hold a Hub source, its shards are fetched when they are read and removed when "
+        "what is made of them is written. A plan that cannot keep to it is refused. By default no bound.",
+    )
+    max_memory_bytes: Bytes | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="Most memory that the run may take, such as 8GB; by default what is free. Where blocks "
+        "to be calibrated do not fit, their experts are read whenever they are computed.",
+    )
+
+
 class Recipe(Section):
     """One compression job, fully resolved."""
 
@@ -249,3 +267,6 @@ class Recipe(Section):
         description="What is measured; `evaluate: null` measures nothing: the result has no quality figures.",
     )
     export: ExportSection = Field(default_factory=ExportSection)
+    workspace: WorkspaceSection | None = Field(
+        default=None, exclude_if=is_none, description="Bounds on disk and memory; by default none."
+    )

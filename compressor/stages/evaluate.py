@@ -34,15 +34,24 @@ def memory_needed(claims: Sequence[Claim], spec: EvalSpec | None) -> int:
 
 
 def evaluate_stage(
-    source: Source, checkpoint: Path, claims: Sequence[Claim], spec: EvalSpec | None, progress: Progress
+    source: Source,
+    checkpoint: Path,
+    claims: Sequence[Claim],
+    spec: EvalSpec | None,
+    progress: Progress,
+    most_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Facts for the report: ``evaluation`` (or None), ``gate_values``, and how the checkpoint was reloaded.
+
+    ``most_bytes``: of memory, where not all that is free may be taken.
 
     Raises:
         CheckpointError: transformers cannot load the result, or it computes NaN.
         UserError: too little memory, or an unusable text.
     """
     needed, available = memory_needed(claims, spec), available_memory_bytes()
+    if most_bytes is not None:
+        available = min(available, most_bytes)
     if needed > available:
         short = f"that needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free"
         if spec is not None:

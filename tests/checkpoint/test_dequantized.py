@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compressor.checkpoint.base import fetched_files, let_go
 from compressor.checkpoint.dequantized import DequantizedSource
+from compressor.checkpoint.folder import FolderSource
 from compressor.checkpoint.modelopt import algorithm_for, to_modelopt
 from compressor.checkpoint.shipped import ShippedHeaders
 from compressor.checkpoint.sources import open_source
@@ -180,6 +182,40 @@ def open_headers(folder: Path) -> list[str]:
     from compressor.checkpoint.safetensors_file import read_header
 
     return list(read_header(folder / "model.safetensors").headers)
+
+
+class _Fetched(FolderSource):
+    """A folder of which each tensor is a file that was downloaded."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, label="fetched", quantized=True)
+        self.homes = {name: f"{name}.file" for name in self.headers}
+        self.file_bytes = {f"{name}.file": header.nbytes for name, header in self.headers.items()}
+        self.kept: set[str] = set()
+
+    def keep_only(self, names: Set[str]) -> None:
+        self.kept = set(names)
+
+
+def test_what_is_fetched_for_a_tensor_is_known_and_let_go(tmp_path: Path) -> None:
+    """The files of codes and of scales, in the plan's counting and when room is made on the disk."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    made = _fp8(256, 128)
+    tensors = {name: made["weight"], f"{name}_scale_inv": made["weight_scale_inv"]}
+    tensors["model.norm.weight"] = torch.ones(8)
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    stored = _Fetched(_write(tmp_path / "m", quantization, tensors))
+    source = DequantizedSource(stored)
+    parts = {name, f"{name}_scale_inv"}
+    files = fetched_files(source)
+    assert files is not None
+    assert set(files.homes[name]) == {f"{part}.file" for part in parts}
+    assert files.file_bytes == stored.file_bytes
+    let_go(source, {name})
+    assert stored.kept == parts
+    let_go(source, {"model.norm.weight"})
+    assert stored.kept == {"model.norm.weight"}
+    assert fetched_files(FolderSource(tmp_path / "m", label="local", quantized=True)) is None
 
 
 @pytest.mark.parametrize("chunk", [groups.CHUNK_VALUES, 1])

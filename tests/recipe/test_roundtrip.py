@@ -23,6 +23,7 @@ from compressor.recipe.model import (
     Recipe,
     WeightRule,
     WeightsSection,
+    WorkspaceSection,
 )
 from compressor.recipe.patterns import compile_pattern
 from compressor.schemes import known_schemes, parse_scheme
@@ -97,6 +98,7 @@ CALIBRATIONS = st.builds(
 ) | st.builds(CalibrationSection, mixture=st.none() | SLUGS)
 
 
+BOUNDS = st.none() | st.integers(1, 2**63 - 1)
 RECIPES = st.builds(
     Recipe,
     schema_version=st.just(1),
@@ -120,6 +122,7 @@ RECIPES = st.builds(
     calibration=st.none() | CALIBRATIONS,
     evaluate=st.none() | _evaluations(),
     export=st.builds(ExportSection, max_shard_bytes=st.integers(1, 2**63 - 1)),
+    workspace=st.none() | st.builds(WorkspaceSection, max_bytes=BOUNDS, max_memory_bytes=BOUNDS),
 )
 
 

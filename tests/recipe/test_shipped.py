@@ -106,6 +106,7 @@ def test_schema_knows_the_language() -> None:
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert set(_properties(schema)) == {
         "extends", "schema_version", "name", "seed", "model", "weights", "calibration", "evaluate", "export",
+        "workspace",
     }  # fmt: skip
     assert {"ignore", "+ignore", "polish", "rules", "+rules", "scheme", "solver"} == set(
         _properties(schema, "WeightsSection")
@@ -120,6 +121,7 @@ def test_schema_knows_the_language() -> None:
         "EvaluateSection",
         "Gate",
         "ExportSection",
+        "WorkspaceSection",
     ):
         assert schema["$defs"][section]["additionalProperties"] is False
         assert all(field.get("description") for field in _properties(schema, section).values())
