@@ -74,11 +74,9 @@ def _refuse_unread(description: Mapping[str, Any], where: str) -> None:
     """Refuses what changes weights in ways that decoding does not undo."""
     sparsity = description.get("sparsity_config") or {}
     is_sparse = not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense"
-    status = description.get("quantization_status", "compressed")
     for found, what in (
         (is_sparse, "its weights are stored sparse (sparsity_config)"),
         (bool(description.get("transform_config")), "its weights are rotated (transform_config)"),
-        (status != "compressed", f"quantization_status is {str(status)[:40]!r}, not 'compressed'"),
     ):
         if found:
             raise CheckpointError(

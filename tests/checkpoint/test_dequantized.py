@@ -107,6 +107,21 @@ def test_sixteen_bit_scales(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(_read(tmp_path / "packed", f"{Q_PROJ}.weight"), exact.float().bfloat16())
 
 
+def test_older_configs(tmp_path: Path) -> None:
+    """Groups without a format of their own, and a status from before the weights were packed."""
+    plain = tiny_llama(tmp_path / "plain", hidden=128, intermediate=192, layers=1)
+    meant = compress_folder(plain, tmp_path / "packed", "W8A8")
+    path = tmp_path / "packed" / "config.json"
+    config = json.loads(path.read_text())
+    described = config["quantization_config"]
+    described |= {"quantization_status": "frozen", "format": "naive-quantized"}
+    del described["config_groups"]["group_0"]["format"]
+    path.write_text(json.dumps(config))
+    source = open_source(str(tmp_path / "packed"), from_="dequantize")
+    assert source.note == "dequantized from compressed-tensors naive-quantized to bfloat16"
+    assert torch.equal(source.read(f"{Q_PROJ}.weight"), meant[f"{Q_PROJ}.weight"].float().bfloat16())
+
+
 @pytest.mark.parametrize("inline", [True, False])
 @pytest.mark.parametrize("preset", ["NVFP4A16", "NVFP4", "FP8_DYNAMIC", "FP8_BLOCK", "FP8"])
 def test_modelopt(preset: str, inline: bool, tmp_path: Path) -> None:
@@ -321,7 +336,6 @@ F8 = _fp8(128, 128)
         (CT, {"a.weight": torch.ones(2), "a.weight_scale": torch.ones(2)}, "no group of quantization_config"),
         (CT | {"transform_config": {"x": 1}}, {"a.weight": torch.ones(2)}, "rotated"),
         (CT | {"sparsity_config": {"format": "sparse-24-bitmask"}}, {"a.weight": torch.ones(2)}, "sparse"),
-        (CT | {"quantization_status": "frozen"}, {"a.weight": torch.ones(2)}, "status is 'frozen'"),
         (CT, {"experts.w_weight_scale": torch.ones(2)}, "experts quantized in one tensor"),
     ],
 )
