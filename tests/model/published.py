@@ -10,6 +10,8 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +20,70 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_model, tokens_of_bytes
 
-# Widths that a scheme of groups of 16 divides; heads and experts as few as the configs allow.
-_COMMON: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_LINEAR_ATTENTION: dict[str, Any] = {
-    "num_hidden_layers": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention", "full_attention"],
-}
-_SHARED = {"num_experts": 4, "shared_expert_intermediate_size": 32, **_EXPERTS}
-_BEHIND = {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, **_EXPERTS}
-_LATENT: dict[str, Any] = {
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-}
-_TOWER: dict[str, Any] = {
-    "depth": 1,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [],
-}
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of the models; all multiples of 16, the least that every scheme's groups can be."""
+
+    hidden: int
+    intermediate: int
+    expert: int
+    head: int
+    linear_head: int
+    latent: int
+    rope: int
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Of every config."""
+        return {
+            **tokens_of_bytes(),
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": self.head,
+        }
+
+    @property
+    def experts(self) -> dict[str, Any]:
+        """Four, of which each token uses two."""
+        return {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": self.expert}
+
+    @property
+    def linear_attention(self) -> dict[str, Any]:
+        """In the first of two layers."""
+        return {
+            "linear_key_head_dim": self.linear_head,
+            "linear_value_head_dim": self.linear_head,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+        }
+
+    @property
+    def latent_attention(self) -> dict[str, Any]:
+        """DeepSeek's."""
+        return {
+            "num_key_value_heads": 4,
+            "head_dim": self.rope,
+            "q_lora_rank": self.latent // 4,
+            "kv_lora_rank": self.latent,
+            "qk_nope_head_dim": 2 * self.rope,
+            "qk_rope_head_dim": self.rope,
+            "v_head_dim": 2 * self.rope,
+        }
+
+
+NARROW = Widths(hidden=32, intermediate=64, expert=32, head=8, linear_head=8, latent=64, rope=4)
+# What vLLM 0.32's kernels for the CPU take: its latent attention has the published sizes.
+WIDE = Widths(hidden=256, intermediate=512, expert=256, head=64, linear_head=128, latent=512, rope=64)
+
 _PROJECTION = re.compile(r"(?P<experts>.*\.experts)\.(?P<expert>\d+)\.(?P<kind>gate|up|down)_proj\.weight$")
 
 Tensors = dict[str, torch.Tensor]
+Build = Callable[..., Path]
 
 
 def _saved(folder: Path, class_name: str, config: Any) -> Tensors:
@@ -133,75 +159,101 @@ def _behind_the_last(tensors: Tensors, layers: int) -> Tensors:
     return _noise(8, shapes | ends | {f"{new}eh_proj.weight": (hidden, 2 * hidden)})
 
 
-def _plain(class_name: str, config_name: str, **more: Any) -> Callable[[Path], Path]:
-    def build(folder: Path) -> Path:
+def _plain(class_name: str, config_name: str, **more: Any) -> Build:
+    def build(folder: Path, widths: Widths = NARROW) -> Path:
         import transformers
 
-        config = getattr(transformers, config_name)(**{**tokens_of_bytes(), **_COMMON, **more})
+        config = getattr(transformers, config_name)(**{**widths.common, **more})
         return _stored(folder, _saved(folder, class_name, config))
 
     return build
 
 
-def _qwen3_next(folder: Path, *, fuse: bool = False) -> Path:
+def _qwen3_moe(folder: Path, widths: Widths = NARROW) -> Path:
+    return _plain("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **widths.experts)(folder, widths)
+
+
+def _qwen3_next(folder: Path, widths: Widths = NARROW, *, fuse: bool = False) -> Path:
     """``fuse``: experts as transformers has them in memory, in the prediction layer too."""
     from transformers import Qwen3NextConfig
 
-    config = Qwen3NextConfig(**tokens_of_bytes(), **_COMMON, **_LINEAR_ATTENTION, **_SHARED)
+    config = Qwen3NextConfig(
+        **widths.common,
+        **widths.linear_attention,
+        **widths.experts,
+        shared_expert_intermediate_size=widths.expert,
+    )
     tensors = _saved(folder, "Qwen3NextForCausalLM", config)
     tensors |= _under_mtp(tensors, "model.layers.1.")
     return _stored(folder, fused(tensors) if fuse else tensors, num_nextn_predict_layers=1)
 
 
-def _qwen3_5(folder: Path) -> Path:
+def _qwen3_5(folder: Path, widths: Widths = NARROW) -> Path:
     """Dense, text only."""
     from transformers import Qwen3_5TextConfig
 
-    config = Qwen3_5TextConfig(**tokens_of_bytes(), **_COMMON, **_LINEAR_ATTENTION)
+    config = Qwen3_5TextConfig(**widths.common, **widths.linear_attention)
     tensors = _saved(folder, "Qwen3_5ForCausalLM", config)
     return _stored(folder, tensors | _under_mtp(tensors, "model.layers.1."), mtp_num_hidden_layers=1)
 
 
-def _qwen3_5_moe(folder: Path) -> Path:
+def _qwen3_5_moe(folder: Path, widths: Widths = NARROW) -> Path:
     """With a vision tower; experts fused, in the prediction layer too."""
     from transformers import Qwen3_5MoeConfig
 
-    text = {**tokens_of_bytes(), **_COMMON, **_LINEAR_ATTENTION, **_SHARED}
-    config = Qwen3_5MoeConfig(
-        text_config={**text, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 0, 0]}},
-        vision_config=_TOWER,
-        tie_word_embeddings=False,
-    )
+    text = {
+        **widths.common,
+        **widths.linear_attention,
+        **widths.experts,
+        "shared_expert_intermediate_size": widths.expert,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 0, 0]},
+    }
+    tower = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": widths.hidden,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [],
+    }
+    config = Qwen3_5MoeConfig(text_config=text, vision_config=tower, tie_word_embeddings=False)
     tensors = _saved(folder, "Qwen3_5MoeForConditionalGeneration", config)
     tensors = tensors | _under_mtp(tensors, "model.language_model.layers.1.")
     return _stored(folder, fused(tensors), mtp_num_hidden_layers=1)
 
 
-def _with_block_behind(class_name: str, config_name: str, **more: Any) -> Callable[[Path], Path]:
-    def build(folder: Path) -> Path:
-        import transformers
+def _with_block_behind(folder: Path, widths: Widths, class_name: str, config_name: str, **more: Any) -> Path:
+    """The first layer dense, the second with experts, the third predicts."""
+    import transformers
 
-        settings = {**tokens_of_bytes(), **_COMMON, **_BEHIND, "num_hidden_layers": 2, **more}
-        tensors = _saved(folder, class_name, getattr(transformers, config_name)(**settings))
-        return _stored(folder, tensors | _behind_the_last(tensors, 2), num_nextn_predict_layers=1)
+    settings = {**widths.common, **widths.experts, "n_routed_experts": 4, **more}
+    del settings["num_experts"]
+    groups = {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+    tensors = _saved(folder, class_name, getattr(transformers, config_name)(**settings, **groups))
+    return _stored(folder, tensors | _behind_the_last(tensors, 2), num_nextn_predict_layers=1)
 
-    return build
+
+def _glm4_moe(folder: Path, widths: Widths = NARROW) -> Path:
+    return _with_block_behind(folder, widths, "Glm4MoeForCausalLM", "Glm4MoeConfig")
 
 
-# Name -> writes the model into a folder.
-PUBLISHED: Mapping[str, Callable[[Path], Path]] = {
-    "mixtral": _plain(
-        "MixtralForCausalLM", "MixtralConfig", num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2
-    ),
-    "qwen3_moe": _plain(
-        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", num_hidden_layers=2, num_experts=4, **_EXPERTS
-    ),
+def _deepseek_v3(folder: Path, widths: Widths = NARROW) -> Path:
+    """With the keys that tell vLLM of the routers' corrections, as published."""
+    more = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", **widths.latent_attention}
+    return _with_block_behind(folder, widths, "DeepseekV3ForCausalLM", "DeepseekV3Config", **more)
+
+
+# Name -> writes the model into a folder, narrow by default.
+PUBLISHED: Mapping[str, Build] = {
+    "mixtral": _plain("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": _qwen3_moe,
     "qwen3_next": _qwen3_next,
-    "qwen3_next_fused": lambda folder: _qwen3_next(folder, fuse=True),
+    "qwen3_next_fused": partial(_qwen3_next, fuse=True),
     "qwen3_5": _qwen3_5,
     "qwen3_5_moe": _qwen3_5_moe,
-    "glm4_moe": _with_block_behind("Glm4MoeForCausalLM", "Glm4MoeConfig"),
-    "deepseek_v3": _with_block_behind("DeepseekV3ForCausalLM", "DeepseekV3Config", **_LATENT),
+    "glm4_moe": _glm4_moe,
+    "deepseek_v3": _deepseek_v3,
     "jamba": _plain(
         "JambaForCausalLM",
         "JambaConfig",

@@ -6,11 +6,13 @@ Head size 64 and linear-attention head size 128 are the smallest that vLLM's CPU
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.model.published import PUBLISHED, WIDE
 from tests.tiny import tiny_llama, tiny_llama4, tiny_model, tokens_of_bytes
 
 _SHARED: dict[str, Any] = {
@@ -60,4 +62,8 @@ FAMILIES: Mapping[str, Callable[[Path], Path]] = {
         layer_types=["linear_attention", "full_attention"],
         **_EXPERTS,
     ),
+}
+# With a prediction layer, which the engine leaves out unless it is asked to draft.
+PREDICTING: Mapping[str, Callable[[Path], Path]] = {
+    name: partial(PUBLISHED[name], widths=WIDE) for name in ("qwen3_next_fused", "glm4_moe", "deepseek_v3")
 }

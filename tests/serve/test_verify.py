@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from compressor.verify.run import verify
 from compressor.verify.spec import VerifySpec
 from tests.cli.test_main import compress
 from tests.e2e.cases import write_recipe
-from tests.serve.families import FAMILIES
+from tests.serve.families import FAMILIES, PREDICTING
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
@@ -62,6 +64,7 @@ EMULATED = [
     ("llama", "mxfp4", "compressed-tensors"),
     ("llama", "fp8_dynamic", "modelopt"),
     ("mixtral", "nvfp4a16", "compressed-tensors"),
+    *((family, "nvfp4a16", "compressed-tensors") for family in PREDICTING),
 ]
 
 
@@ -88,11 +91,30 @@ def test_loader_and_layout_agree(
     weight_only_env: Mapping[str, str],
 ) -> None:
     """vLLM's own loader reads names, layouts and scales as they are meant; its kernels are not run."""
-    result = made(tmp_path, FAMILIES[family](tmp_path / "source"), scheme, dialect)
+    result = made(tmp_path, {**FAMILIES, **PREDICTING}[family](tmp_path / "source"), scheme, dialect)
     found, engine = asked(result, engine_python, weight_only_env)
     assert engine.verdict == "agrees", engine.reason
     assert engine.plugins
     assert found.passed
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_its_own_prediction_layer_drafts(
+    family: str, tmp_path: Path, engine_python: Path, weight_only_env: Mapping[str, str]
+) -> None:
+    """Carried in 16 bit, it is loaded so, and what it drafts changes no token."""
+    result = made(tmp_path, PREDICTING[family](tmp_path / "source"), "nvfp4a16")
+    found = []
+    for drafted in ("0", "2"):
+        worker = [str(engine_python), str(Path(__file__).with_name("draft_worker.py")), str(result), drafted]
+        done = subprocess.run(worker, capture_output=True, text=True, env=os.environ | weight_only_env)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    plain, with_drafts = found
+    # On the CPU vLLM's latent attention changes tokens as it checks drafts, of the unquantized model too.
+    assert with_drafts["tokens"] == plain["tokens"] or family == "deepseek_v3"
+    assert with_drafts["drafted"] > 0
+    assert with_drafts["quantized"] == []
 
 
 def test_a_format_without_kernel_is_told_apart(tmp_path: Path, engine_python: Path) -> None:
