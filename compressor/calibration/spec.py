@@ -55,6 +55,23 @@ class DatasetSpec:
 
 
 @dataclass(frozen=True)
+class ImagesSpec:
+    """Conversations with images that are shown besides the texts, a row each.
+
+    Attributes:
+        name: how reports name the file.
+        path: JSON lines; the images lie below its folder.
+        sha256: of the file and the images (``images.images_sha256``).
+        num_samples: how many of the conversations.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    num_samples: int
+
+
+@dataclass(frozen=True)
 class CalibrationSpec:
     """Rows of tokens to be made of a mixture of datasets.
 
@@ -64,6 +81,7 @@ class CalibrationSpec:
         sequence_length: tokens of a row.
         seed: decides which stretches of the texts are taken.
         mixture: the file that names the datasets; None where the recipe does.
+        images: what is shown besides, or None.
     """
 
     datasets: tuple[DatasetSpec, ...]
@@ -71,11 +89,17 @@ class CalibrationSpec:
     sequence_length: int = DEFAULT_LENGTH
     seed: int = 0
     mixture: Path | None = None
+    images: ImagesSpec | None = None
 
     @property
     def tokens(self) -> int:
-        """All tokens of all rows."""
-        return self.num_samples * self.sequence_length
+        """All tokens of all rows; rows with images count as full."""
+        return self.samples * self.sequence_length
+
+    @property
+    def samples(self) -> int:
+        """All rows."""
+        return self.num_samples + (self.images.num_samples if self.images else 0)
 
     @property
     def content(self) -> Mapping[str, Any]:
@@ -89,6 +113,7 @@ class CalibrationSpec:
             "num_samples": self.num_samples,
             "sequence_length": self.sequence_length,
             "seed": self.seed,
+            **({"images": [self.images.sha256, self.images.num_samples]} if self.images else {}),
         }
 
     @property

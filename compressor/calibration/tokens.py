@@ -66,7 +66,7 @@ def load_tokens(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, progr
     lead = [] if first is None else [first]
     rows: list[Iterator[list[int]]] = []
     warnings: list[str] = []
-    progress.start("calibration texts", spec.tokens, "tokens")
+    progress.start("calibration texts", spec.num_samples * spec.sequence_length, "tokens")
     for index, dataset in enumerate(spec.datasets):
         count = order.count(index)
         made, heard = _rows(index, count, spec, tokenizer, lead)

@@ -69,8 +69,10 @@ def _needs(plan: Plan) -> tuple[str, str]:
 def _shown(calibration: CalibrationSpec) -> str:
     """On what."""
     names = ", ".join(dataset.name for dataset in calibration.datasets)
+    if calibration.images is not None:
+        names += f", {calibration.images.num_samples:,} of them with images of {calibration.images.name}"
     return (
-        f"calibrated on {calibration.tokens:,} tokens ({calibration.num_samples:,} sequences of "
+        f"calibrated on {calibration.tokens:,} tokens ({calibration.samples:,} sequences of "
         f"{calibration.sequence_length:,}) of {names}"
     )
 

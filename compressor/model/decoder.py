@@ -51,14 +51,14 @@ class Decoder:
     unheard: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, source: Source) -> Decoder:
-        """Takes the source's model apart.
+    def of(cls, source: Source, *, images: bool = False) -> Decoder:
+        """Takes the source's model apart, with ``images`` the one that takes these as well.
 
         Raises:
             CheckpointError: a parameter has no tensor, there are no blocks, or the model cannot be walked.
         """
         where = source.label
-        model = build_skeleton(source)
+        model = build_skeleton(source, images=images)
         tensors = TensorMap.of(model, source.headers, where)
         with library_faults(where, "its buffers cannot be computed"):
             compute_buffers(model, tensors.filled)

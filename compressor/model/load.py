@@ -166,6 +166,24 @@ def load_tokenizer(source: Source | Path) -> PreTrainedTokenizerBase:
     return _guarded(load, label)
 
 
+def load_processor(folder: Path, label: str) -> Any:
+    """The processor of images and texts whose files lie in a folder, beside config.json.
+
+    Raises:
+        CheckpointError: there is none, or transformers cannot load it.
+    """
+
+    def load() -> Any:
+        from transformers import AutoProcessor
+
+        found = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if getattr(found, "image_processor", None) is None:
+            raise CheckpointError("the source's processor takes no images", where=label)
+        return found
+
+    return _guarded(load, label)
+
+
 def set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Casts the floating parameters in place and returns the model.
 

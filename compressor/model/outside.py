@@ -25,9 +25,11 @@ class Outside:
     Args:
         model: a skeleton whose blocks are stubs.
         device: where computed buffers go.
+        towers: whether images will pass, so that their towers are made at once too: models ask their dtype.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device, *, towers: bool = False) -> None:
+        self._towers = towers
         self._modules = [(name, module) for name, module in model.named_modules() if _own(module)]
         self._input, self._output = model.get_input_embeddings(), model.get_output_embeddings()
         self._decoder = set(model.get_decoder().modules())
@@ -44,7 +46,8 @@ class Outside:
         unwanted = self._input if head else self._output
         for name, module in self._modules:
             fill = self._filler(name, make)
-            if (module in self._decoder or module is self._output) and module is not unwanted:
+            at_once = module in self._decoder or module is self._output or (self._towers and not head)
+            if at_once and module is not unwanted:
                 fill(module, None)
             else:
                 self._handles.append(module.register_forward_pre_hook(fill))

@@ -151,15 +151,18 @@ class Recorder:
         self._kept = []
         return calls, hidden
 
-    def record(self, ids_BT: torch.Tensor) -> tuple[list[Call], torch.Tensor]:
+    def record(
+        self, ids_BT: torch.Tensor, others: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[list[Call], torch.Tensor]:
         """The call of every block and the hidden states that reach the first one.
 
-        Tensors that calls share, within a batch and over batches, are kept once.
+        Tensors that calls share, within a batch and over batches, are kept once. ``others``: what the model
+        takes beside token ids, of images.
 
         Raises:
             CheckpointError: as ``rehearse``, which comes first.
         """
-        return self._run(ids_BT)
+        return self._run(ids_BT, others)
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits [B, T, vocabulary] that the model makes of its last block's output ``hidden``."""
@@ -175,11 +178,13 @@ class Recorder:
         assert isinstance(logits, torch.Tensor)
         return logits
 
-    def _run(self, ids_BT: torch.Tensor) -> tuple[list[Call], torch.Tensor]:
+    def _run(
+        self, ids_BT: torch.Tensor, others: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[list[Call], torch.Tensor]:
         self._calls, self._seen, self._first, self._last = [], {}, None, None
         try:
             with torch.no_grad(), quiet(), library_faults(self._where, "its blocks cannot be recorded"):
-                self._model(input_ids=ids_BT, use_cache=False)
+                self._model(input_ids=ids_BT, use_cache=False, **(others or {}))
         except _Recorded:
             pass
         else:

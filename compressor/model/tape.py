@@ -9,7 +9,7 @@ Legend: B sequences, T tokens, N = B * T at most, I in_features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -52,16 +52,14 @@ class Tape:
         unheard: source tensor -> why the input of its matrices cannot be heard (see ``check_walkable``).
     """
 
-    def __init__(
-        self, decoder: Decoder, calls: list[list[Call]], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, decoder: Decoder, dtype: torch.dtype, device: torch.device, *, images: bool) -> None:
         self.blocks = decoder.blocks
         self.unheard = dict(decoder.unheard)
         self._decoder = decoder
-        self._calls = calls
+        self._calls: list[list[Call]] = []
         self._dtype = dtype
         self._device = device
-        self._outside = Outside(decoder.tensors.model, device)
+        self._outside = Outside(decoder.tensors.model, device, towers=images)
         self._head_open = False
         self._small: tuple[list[Call], torch.Tensor] | None = None
 
@@ -75,6 +73,7 @@ class Tape:
         device: torch.device,
         states: HiddenStates,
         small: torch.Tensor | None = None,
+        prompts: Sequence[Mapping[str, torch.Tensor]] = (),
     ) -> Tape:
         """Runs what lies before the blocks; ``states`` then holds each batch's input of the first block.
 
@@ -85,17 +84,24 @@ class Tape:
             device: that computes.
             states: filled by this.
             small: ids of a few tokens, for ``rehearse``; they pass no block otherwise.
+            prompts: batches of one row each with images, behind the others: what the source's processor
+                makes of them, ``input_ids`` [1, T] and the rest as the model takes it.
 
         Raises:
             CheckpointError: as ``check_walkable``, or a tensor cannot be read.
         """
-        decoder = Decoder.of(source)
+        decoder = Decoder.of(source, images=bool(prompts))
         decoder.tensors.model.config.dtype = dtype
-        tape = cls(decoder, [], dtype, device)
+        tape = cls(decoder, dtype, device, images=bool(prompts))
         tape._outside.open(tape._make, head=False)
         try:
             for batch, ids_BT in enumerate(batches):
                 calls, hidden = decoder.recorder.record(ids_BT.to(device))
+                tape._calls.append(calls)
+                states.put(batch, hidden)
+            for batch, prompt in enumerate(prompts, len(batches)):
+                given = {name: _cast(tensor, dtype).to(device) for name, tensor in prompt.items()}
+                calls, hidden = decoder.recorder.record(given.pop("input_ids"), given)
                 tape._calls.append(calls)
                 states.put(batch, hidden)
             if small is not None:
@@ -281,6 +287,11 @@ class Tape:
         made = self._empty(tensor)
         self._decoder.tensors.fill(self._decoder.source, {name: made})
         return made
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Pixels in the model's dtype; ids and sizes as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _by_site(block: Block, hear: Hear | None) -> Heard:

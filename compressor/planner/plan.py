@@ -31,6 +31,7 @@ from compressor.planner.layout import group_units, pack_shards
 from compressor.planner.learned import learned_on_one_row, learned_twice
 from compressor.planner.made import factory_faults
 from compressor.planner.oneshot import OneshotPlan, oneshot_faults, oneshot_key, plan_oneshot
+from compressor.planner.pictured import image_faults
 from compressor.planner.places import check_disk, check_places, check_text
 from compressor.planner.polished import PolishPlan, check_polish, plan_polish, polish_key
 from compressor.planner.predict import Prediction, RuleRow, rule_rows
@@ -222,6 +223,7 @@ def _calibration(
         warnings.append("calibration has no effect: no scheme or solver of this recipe needs data")
         return spec
     faults += check_calibration(spec, evaluation.text if evaluation else None, longest)
+    faults += image_faults(spec, source, claims, polished=loaded.recipe.weights.polish is not None)
     found = _collect(faults, lambda: pinned(spec, planning=planning))
     if found is None:
         return None

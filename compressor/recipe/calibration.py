@@ -73,6 +73,18 @@ class DatasetSection(Section):
         return self
 
 
+class ImagesSection(Section):
+    """Conversations with images."""
+
+    path: Text = Field(
+        description="JSON lines: `messages` of {role, content}, a content being a text or a list of parts, "
+        "{type: text, text} or {type: image, path}, with paths relative to this file."
+    )
+    num_samples: _Samples | None = Field(
+        default=None, exclude_if=is_none, description="How many of the conversations; by default all."
+    )
+
+
 class CalibrationSection(Section):
     """The texts that calibrated solvers and schemes are shown, and how much of them."""
 
@@ -87,6 +99,12 @@ class CalibrationSection(Section):
         min_length=1,
         exclude_if=lambda datasets: not datasets,
         description="The datasets, instead of the mixture's.",
+    )
+    images: ImagesSection | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="Conversations with images that are shown besides the texts, each a row of its own made "
+        "by the source's processor; those of more tokens than a row are left out.",
     )
     num_samples: _Samples | None = Field(
         default=None,

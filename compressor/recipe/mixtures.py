@@ -7,9 +7,16 @@ from pathlib import Path
 
 from compressor import data
 from compressor.calibration.check import text_sha256
-from compressor.calibration.spec import DEFAULT_LENGTH, DEFAULT_SAMPLES, CalibrationSpec, DatasetSpec
+from compressor.calibration.images import images_sha256
+from compressor.calibration.spec import (
+    DEFAULT_LENGTH,
+    DEFAULT_SAMPLES,
+    CalibrationSpec,
+    DatasetSpec,
+    ImagesSpec,
+)
 from compressor.errors import PlanError, RecipeError, UserError
-from compressor.recipe.calibration import CalibrationSection, DatasetSection
+from compressor.recipe.calibration import CalibrationSection, DatasetSection, ImagesSection
 from compressor.recipe.check import build
 from compressor.recipe.faults import RecipeFaults
 from compressor.recipe.files import read_tree, shown
@@ -49,6 +56,12 @@ def calibration_spec(recipe: Recipe, folder: Path, longest: int | None) -> Calib
         except UserError as error:
             at = f" ({error.where})" if error.where else ""
             faults.append(UserError(f"{error.what}{at}", where=where.format(index), fix=error.fix))
+    images: ImagesSpec | None = None
+    try:
+        images = _images(section.images or mixture.images, file, folder)
+    except UserError as error:
+        at = f" ({error.where})" if error.where else ""
+        faults.append(UserError(f"{error.what}{at}", where="calibration.images", fix=error.fix))
     if faults:
         raise PlanError(faults)
     short = min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
@@ -58,6 +71,7 @@ def calibration_spec(recipe: Recipe, folder: Path, longest: int | None) -> Calib
         sequence_length=section.sequence_length or mixture.sequence_length or short,
         seed=next(seed for seed in (section.seed, mixture.seed, recipe.seed) if seed is not None),
         mixture=file,
+        images=images,
     )
 
 
@@ -68,13 +82,19 @@ def seen_from(
 
     A mixture that is not a shipped one is spelled out.
     """
-    if section is None or (spec.mixture is not None and _is_shipped(spec.mixture)):
-        return section
+    images = section.images if section is not None else None
+    if images is not None and spec.images is not None and not Path(spec.images.name).is_absolute():
+        images = images.model_copy(update={"path": os.path.relpath(spec.images.path, at)})
+    if section is None:
+        return None
+    if spec.mixture is not None and _is_shipped(spec.mixture):
+        return section.model_copy(update={"images": images})
     return CalibrationSection(
         datasets=tuple(_moved(dataset, at) for dataset in spec.datasets),
         num_samples=spec.num_samples,
         sequence_length=spec.sequence_length,
         seed=spec.seed,
+        images=images,
     )
 
 
@@ -132,6 +152,24 @@ def _found(dataset: DatasetSection, mixture: Path | None, folder: Path) -> Datas
         weight=dataset.weight,
         template=dataset.template,
     )
+
+
+def _images(section: ImagesSection | None, mixture: Path | None, folder: Path) -> ImagesSpec | None:
+    """The conversations with their file found and their images checked.
+
+    Raises:
+        UserError: as ``images_sha256``, or there are fewer than are asked for.
+    """
+    if section is None:
+        return None
+    beside = mixture.parent / section.path if mixture is not None else None
+    name = str(beside) if beside is not None and beside.is_file() else section.path
+    path = data.find(name, beside=folder, what="calibration images")
+    sha256, count = images_sha256(path)
+    wanted = section.num_samples or count
+    if wanted > count:
+        raise UserError(f"it holds {count} conversations, {wanted} are asked for", where=str(path))
+    return ImagesSpec(section.path, path, sha256, wanted)
 
 
 def _is_shipped(path: Path) -> bool:

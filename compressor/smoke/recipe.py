@@ -83,7 +83,7 @@ def _quick_modifier(item: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 
 
 def _calibration(plan: Plan) -> CalibrationSection | None:
-    """The same texts, of which fewer and shorter sequences are taken."""
+    """The same texts, of which fewer and shorter sequences are taken; images do not fit small towers."""
     spec = plan.calibration
     if spec is None:
         return None
@@ -91,6 +91,7 @@ def _calibration(plan: Plan) -> CalibrationSection | None:
     few = {
         "num_samples": min(spec.num_samples, SEQUENCES),
         "sequence_length": min(spec.sequence_length, SEQUENCE_TOKENS),
+        "images": None,
     }
     return section.model_copy(update=few)
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
-from compressor.checkpoint.safetensors_file import read_header, read_tensor
+from compressor.checkpoint.safetensors_file import (
+    FileHeader,
+    read_header,
+    read_tensor,
+    safetensors_dtype,
+)
 from compressor.checkpoint.safetensors_writer import ShardWriter
 from compressor.errors import CheckpointError
 from compressor.model.families import family_for, text_config
 from compressor.progress import Progress
 from compressor.spec import TensorHeader
+from compressor.workspace import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -23,14 +30,22 @@ if TYPE_CHECKING:
 
 _FILE = "tokens.safetensors"
 _NAME = "ids"
+_PROMPT = "prompt"
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """What a walk is shown: int64 token ids, one full sequence a row; and tokens by dataset."""
+    """What a walk is shown.
+
+    Attributes:
+        ids_NT: int64 token ids, one full sequence a row.
+        counts: tokens by dataset.
+        prompts: conversations with images, as the source's processor makes them (``Tape.record``).
+    """
 
     ids_NT: torch.Tensor
     counts: dict[str, int]
+    prompts: tuple[dict[str, torch.Tensor], ...] = ()
 
 
 def calibration_tokens(
@@ -49,18 +64,60 @@ def calibration_tokens(
     if path.is_file():
         file = read_header(path)
         ids_NT = read_tensor(path, file.headers[_NAME], file.offsets[_NAME])
-        _check_ids(ids_NT, source)
+        prompts = _stored_prompts(path, file)
+        _check_all(ids_NT, prompts, source)
         # Files of earlier versions hold no warnings.
         for warning in json.loads(file.metadata.get("warnings", "[]")):
             progress.warn(warning)
-        return Shown(ids_NT, json.loads(file.metadata["counts"]))
+        return Shown(ids_NT, json.loads(file.metadata["counts"]), prompts)
     made = load_tokens(calibration, source_tokenizer(source, folder), progress)
-    _check_ids(made.ids_NT, source)
-    metadata = {"counts": json.dumps(made.counts), "warnings": json.dumps(made.warnings)}
-    header = TensorHeader(_NAME, "I64", tuple(made.ids_NT.shape))
-    with ShardWriter(path, [header], metadata) as writer:
-        writer.write(_NAME, made.ids_NT)
-    return Shown(made.ids_NT, made.counts)
+    prompts, counts, warnings = _prompts(source, calibration, folder, progress)
+    _check_all(made.ids_NT, prompts, source)
+    counts = made.counts | counts
+    metadata = {"counts": json.dumps(counts), "warnings": json.dumps([*made.warnings, *warnings])}
+    tensors = {_NAME: made.ids_NT}
+    for number, prompt in enumerate(prompts):
+        tensors |= {f"{_PROMPT}.{number}.{name}": tensor for name, tensor in prompt.items()}
+    headers = [
+        TensorHeader(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
+    with ShardWriter(path, headers, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor.contiguous())
+    return Shown(made.ids_NT, counts, prompts)
+
+
+def _prompts(
+    source: Source, calibration: CalibrationSpec, folder: Path, progress: Progress
+) -> tuple[tuple[dict[str, torch.Tensor], ...], dict[str, int], list[str]]:
+    """The prompts with images, their tokens by file, and warnings."""
+    images = calibration.images
+    if images is None:
+        return (), {}, []
+    from compressor.calibration.images import image_prompts
+
+    processor = source_processor(source, folder)
+    prompts, warnings = image_prompts(
+        images, processor, calibration.sequence_length, calibration.seed, progress
+    )
+    for warning in warnings:
+        progress.warn(warning)
+    return tuple(prompts), {images.name: sum(prompt["input_ids"].numel() for prompt in prompts)}, warnings
+
+
+def _stored_prompts(path: Path, file: FileHeader) -> tuple[dict[str, torch.Tensor], ...]:
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, header in file.headers.items():
+        if name != _NAME:
+            _, number, key = name.split(".", 2)
+            found.setdefault(int(number), {})[key] = read_tensor(path, header, file.offsets[name])
+    return tuple(found[number] for number in sorted(found))
+
+
+def _check_all(ids_NT: torch.Tensor, prompts: Sequence[Mapping[str, torch.Tensor]], source: Source) -> None:
+    for ids in (ids_NT, *(prompt["input_ids"] for prompt in prompts)):
+        _check_ids(ids, source)
 
 
 def _check_ids(ids_NT: torch.Tensor, source: Source) -> None:
@@ -97,3 +154,18 @@ def source_tokenizer(source: Source, near: Path) -> PreTrainedTokenizerBase:
     with TemporaryDirectory(prefix="tokenizer.tmp-", dir=near) as folder:
         source.write_side_files(Path(folder))
         return load_tokenizer(Path(folder))
+
+
+def source_processor(source: Source, near: Path) -> Any:
+    """The processor of images and texts that belongs to the source; ``near`` is as for the tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or transformers cannot load it.
+    """
+    from compressor.model.load import load_processor
+
+    near.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="processor.tmp-", dir=near) as folder:
+        source.write_side_files(Path(folder))
+        write_json(Path(folder) / "config.json", source.config)
+        return load_processor(Path(folder), source.label)

@@ -8,7 +8,7 @@ at the first block without one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -94,11 +94,11 @@ def walk_stage(
     compile_ahead(claims)
     return_freed_memory()
     shown = calibration_tokens(source, calibration, folder, progress)
-    resumed = walk(source, claims, shown.ids_NT, spec, folder, progress, evict=evict)
+    resumed = walk(source, claims, shown.ids_NT, spec, folder, progress, prompts=shown.prompts, evict=evict)
     collect_memory()
     facts = {
         "texts": shown.counts,
-        "samples": calibration.num_samples,
+        "samples": calibration.samples,
         "sequence_length": calibration.sequence_length,
         "seed": calibration.seed,
         "dtype": spec.dtype,
@@ -117,6 +117,7 @@ def walk(
     folder: Path,
     progress: Progress,
     *,
+    prompts: Sequence[Mapping[str, torch.Tensor]] = (),
     evict: bool = False,
 ) -> bool:
     """Writes a file and a receipt for every block; returns whether any was found finished.
@@ -128,6 +129,7 @@ def walk(
         spec: how to compute.
         folder: of the stage.
         progress: told of every matrix.
+        prompts: with images, a batch each (``Tape.record``).
         evict: frees the disk of what was fetched of the source once nothing more is read of it.
 
     Raises:
@@ -141,13 +143,16 @@ def walk(
     with torch.no_grad():
         feeding = any(needs_calibration(claim) for claim in claims)
         streams = Streams(folder, spec.states, pick_device(), feeding=feeding)
-        batches: Sequence[torch.Tensor] = ()
-        # Before a polish of plain rounding nothing is to be heard, and no tokens pass.
-        if any(needs_data(claim) for claim in claims):
-            batches = torch.split(ids_NT, max(1, spec.batch_tokens // ids_NT.shape[1]))
-        dtype: torch.dtype = getattr(torch, spec.dtype)
+        batches = _batches(claims, ids_NT, spec.batch_tokens)
+        prompts = prompts if batches else ()
         tape = Tape.record(
-            source, batches, dtype=dtype, device=streams.device, states=streams.exact, small=_few(ids_NT)
+            source,
+            batches,
+            dtype=getattr(torch, spec.dtype),
+            device=streams.device,
+            states=streams.exact,
+            small=_few(ids_NT),
+            prompts=prompts,
         )
         by_block = _by_block(tape, claims, progress)
         done = [is_whole(folder, layer_name(index)) for index in range(len(by_block))]
@@ -155,7 +160,7 @@ def walk(
         already = sum(size for size, finished in zip(sizes, done, strict=True) if finished)
         progress.start("walk", sum(sizes), "work", done=already)
         if not all(done):
-            first = streams.begin(len(batches), done.index(False))
+            first = streams.begin(len(batches) + len(prompts), done.index(False))
             _forget_broken(folder, done)
             finished = WalkedTensors(folder)
             _let_go(source, tape, first, evict)
@@ -194,6 +199,15 @@ def _let_go(source: Source, tape: Tape, first: int, evict: bool) -> None:
     """Frees the disk of what was fetched for other blocks than those from ``first`` on, if asked to."""
     if evict:
         let_go(source, {name for index in range(first, len(tape.blocks)) for name in tape.tensors(index)})
+
+
+def _batches(claims: Sequence[Claim], ids_NT: torch.Tensor, most_tokens: int) -> Sequence[torch.Tensor]:
+    """A few rows at a time; none before a polish of plain rounding, where nothing is to be heard."""
+    if not any(needs_data(claim) for claim in claims):
+        return ()
+    import torch
+
+    return torch.split(ids_NT, max(1, most_tokens // ids_NT.shape[1]))
 
 
 def _few(ids_NT: torch.Tensor) -> torch.Tensor:
