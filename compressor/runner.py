@@ -22,6 +22,7 @@ from compressor.export import (
     refuse_foreign,
 )
 from compressor.meter import metered
+from compressor.model.aliases import linear_aliases
 from compressor.model.load import check_known
 from compressor.planner.calibrated import walk_key
 from compressor.planner.oneshot import oneshot_key
@@ -131,7 +132,8 @@ def _placed(plan: Plan) -> Iterator[None]:
 
 
 def _check_early(plan: Plan) -> None:
-    """Refuses, before anything is spent, a model that cannot be walked and a text that is too short."""
+    """Refuses, before anything is spent, what cannot be loaded or walked, and a text that is too short."""
+    linear_aliases(plan.source)  # the config names them, when all else is done
     if plan.walk is not None:
         from compressor.model.tape import check_walkable
 

@@ -10,14 +10,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from torch import nn
-
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.made_by import allowed_factory
 from compressor.model.families import is_wrapper
 from compressor.model.names import module_of
-from compressor.model.skeleton import build_skeleton
-from compressor.model.tensor_map import TensorMap
 
 
 def linear_aliases(source: Source) -> dict[str, tuple[str, ...]]:
@@ -28,6 +24,11 @@ def linear_aliases(source: Source) -> dict[str, tuple[str, ...]]:
     """
     if allowed_factory(source) is not None:
         return {}
+    from torch import nn
+
+    from compressor.model.skeleton import build_skeleton
+    from compressor.model.tensor_map import TensorMap
+
     found: dict[str, set[str]] = defaultdict(set)
     for images in (False, True) if is_wrapper(source.config) else (False,):
         model = build_skeleton(source, images=images)
