@@ -18,7 +18,7 @@ from compressor.planner.claims import claim_tensors
 from compressor.planner.layout import group_units
 from compressor.planner.learned import learned_on_one_row
 from compressor.planner.predict import predict
-from compressor.planner.sizes import active_parameters, routed_share
+from compressor.planner.sizes import active_parameters, hidden_size, routed_share
 from compressor.recipe.model import WeightsSection
 from compressor.spec import TensorHeader
 from compressor.stages.base import Claim
@@ -109,6 +109,12 @@ def test_smoothing_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_share_of_the_experts_that_a_token_passes(config: dict[str, Any], share: float) -> None:
     """As configs spell it, also inside a text_config; all of them where they do not say."""
     assert routed_share(config) == pytest.approx(share)
+
+
+def test_parallel_streams_of_hidden_states_count() -> None:
+    """DeepSeek-V4's hyper-connections carry several."""
+    assert hidden_size({"hidden_size": 64}) == 64
+    assert hidden_size({"hidden_size": 64, "hc_mult": 4}) == 256
 
 
 def test_routed_experts_count_by_the_chosen_ones() -> None:
