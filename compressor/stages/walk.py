@@ -141,8 +141,7 @@ def walk(
     from compressor.model.tape import Tape
 
     with torch.no_grad():
-        feeding = any(needs_calibration(claim) for claim in claims)
-        streams = Streams(folder, spec.states, pick_device(), feeding=feeding)
+        streams = Streams(folder, spec.states, pick_device(), feeding=any(map(needs_calibration, claims)))
         batches = _batches(claims, ids_NT, spec.batch_tokens)
         prompts = prompts if batches else ()
         tape = Tape.record(
@@ -155,10 +154,7 @@ def walk(
             prompts=prompts,
         )
         by_block = _by_block(tape, claims, progress)
-        done = [is_whole(folder, layer_name(index)) for index in range(len(by_block))]
-        sizes = [sum(claim.tensor.nbytes for claim in members) for members in by_block]
-        already = sum(size for size, finished in zip(sizes, done, strict=True) if finished)
-        progress.start("walk", sum(sizes), "work", done=already)
+        done = _begin(folder, by_block, progress)
         if not all(done):
             first = streams.begin(len(batches) + len(prompts), done.index(False))
             _forget_broken(folder, done)
@@ -193,6 +189,15 @@ def walk(
     _warn_of_starved(folder, progress)
     progress.finish(resumed=all(done))
     return any(done)
+
+
+def _begin(folder: Path, by_block: Sequence[Sequence[Claim]], progress: Progress) -> list[bool]:
+    """Which blocks an earlier run has finished; tells ``progress`` how much that is of all."""
+    done = [is_whole(folder, layer_name(index)) for index in range(len(by_block))]
+    sizes = [sum(claim.tensor.nbytes for claim in members) for members in by_block]
+    already = sum(size for size, finished in zip(sizes, done, strict=True) if finished)
+    progress.start("walk", sum(sizes), "work", done=already)
+    return done
 
 
 def _let_go(source: Source, tape: Tape, first: int, evict: bool) -> None:
