@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from compressor.calibration.check import check_calibration
 from compressor.calibration.pinned import pinned
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.dequantized import DequantizedSource
 from compressor.checkpoint.kept import KeptSource
 from compressor.checkpoint.made_by import FactorySource
 from compressor.checkpoint.sources import open_source
@@ -137,10 +138,7 @@ def make_plan(
     if claims is None or faults:
         raise PlanError(_placed(faults, loaded))
     claims, warnings = settle_solvers(claims)
-    faults += unmeasured(claims)
-    faults += kept_faults(claims, dialect, polished=recipe.weights.polish is not None)
-    faults += learned_twice(claims)
-    faults += oneshot_faults(claims, source, polished=recipe.weights.polish is not None)
+    faults += _solving_faults(claims, source, dialect, polished=recipe.weights.polish is not None)
     calibration = _calibration(loaded, source, claims, evaluation, faults, warnings, planning)
     oneshot = None if calibration is None else plan_oneshot(claims, calibration, source.config)
     walk = None if oneshot is not None else _walk(loaded, source, calibration, claims, faults, warnings)
@@ -151,6 +149,8 @@ def make_plan(
     prediction, evicts = predict_bounded(
         recipe.workspace, source, claims, units, shards, parts, faults, warnings
     )
+    warnings[:0] = _warnings(loaded, source, prediction.result_bytes)
+    warnings += dialect.warnings(modules_of(source, claims))
     check_places(output, space.root, source.model_dir() if source.revision is None else None, faults)
     plan = Plan(
         loaded=loaded,
@@ -170,7 +170,7 @@ def make_plan(
         gates=tuple(recipe.evaluate.gates) if recipe.evaluate else (),
         output=output,
         workspace=space,
-        warnings=(*_warnings(loaded, source), *warnings, *dialect.warnings(modules_of(source, claims))),
+        warnings=tuple(warnings),
         evicts=evicts,
     )
     if not planning:
@@ -200,6 +200,18 @@ def _open(
     made = FactorySource(source, model.factory, allowed=allow_code)
     faults += factory_faults(loaded.recipe, made, planning=planning)
     return made
+
+
+def _solving_faults(
+    claims: Sequence[Claim], source: Source, dialect: Dialect, *, polished: bool
+) -> list[UserError]:
+    """Schemes, solvers and what is kept that do not go together."""
+    return [
+        *unmeasured(claims),
+        *kept_faults(claims, dialect, polished=polished),
+        *learned_twice(claims),
+        *oneshot_faults(claims, source, polished=polished),
+    ]
 
 
 def _calibration(
@@ -367,8 +379,13 @@ def _collect(faults: list[UserError], make: Callable[[], T]) -> T | None:
     return None
 
 
-def _warnings(loaded: LoadedRecipe, source: Source) -> list[str]:
+def _warnings(loaded: LoadedRecipe, source: Source, result_bytes: int) -> list[str]:
     found = []
+    if isinstance(source, DequantizedSource) and result_bytes > source.stored_bytes:
+        found.append(
+            f"the result would be larger than what the source stores: {result_bytes / 1e9:,.1f} GB of "
+            f"tensors against {source.stored_bytes / 1e9:,.1f} GB"
+        )
     if loaded.recipe.evaluate is None:
         found.append("evaluate is switched off: nothing will be measured, and the report will say so")
     if source.revision and loaded.recipe.model.revision != source.revision:

@@ -10,6 +10,8 @@ import pytest
 
 from compressor.checkpoint.shipped import ShippedHeaders
 from compressor.model.families import family_for, tied
+from compressor.planner.plan import make_plan
+from compressor.recipe.load import load_recipe
 from compressor.spec import TensorHeader
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +85,18 @@ def test_gpt_oss_stores_its_experts_in_mxfp4():
         assert header.shape[-1] == 16
     rest = sum(header.numel for header in headers.values() if header.dtype == "BF16")
     assert 2 * sum(header.numel for header in blocks.values()) + rest == 116_829_156_672
+
+
+def test_a_plan_says_that_gpt_oss_would_grow(tmp_path, monkeypatch):
+    """Its experts cannot be stored quantized as vLLM reads them: in 16 bit they are four times as large."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{source: openai/gpt-oss-120b, headers: {CONFIGS / 'gpt-oss-120b'}, from: dequantize}}\n"
+        "weights: {scheme: nvfp4a16}\nevaluate: null\n"
+    )
+    plan = make_plan(load_recipe(str(tmp_path / "r.yaml")), output=tmp_path / "out", planning=True)
+    (said,) = [warning for warning in plan.warnings if "larger" in warning]
+    assert said.endswith("232.3 GB of tensors against 65.2 GB")
 
 
 def test_scout_is_mostly_experts():
