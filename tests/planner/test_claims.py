@@ -144,3 +144,20 @@ def test_what_shares_a_scale_has_one_solver() -> None:
     kinds = {name: claim.solver.kind for name, claim in claims.items() if claim.solver}
     assert kinds["model.layers.0.self_attn.v_proj.weight"] == "rtn"
     assert kinds["model.layers.0.self_attn.q_proj.weight"] == "gptq"
+
+
+def test_some_projections_are_quantized_by_rules_only() -> None:
+    """kv_b_proj of latent attention: 16 bit by default, with the reason; any scheme that a rule names."""
+    module = "model.layers.0.self_attn."
+    headers = {
+        name: TensorHeader(name, "BF16", (64, 64))
+        for name in (f"{module}kv_b_proj.weight", f"{module}o_proj.weight")
+    }
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 1}
+    kept = _claims({"scheme": "nvfp4"}, headers, config)[f"{module}kv_b_proj.weight"]
+    assert (kept.action, kept.rule) == ("copy", "default")
+    assert "engines fold it" in kept.reason
+    rules = [{"match": "*.kv_b_proj", "scheme": "fp8_dynamic"}]
+    ruled = _claims({"scheme": "nvfp4", "rules": rules}, headers, config)[f"{module}kv_b_proj.weight"]
+    assert ruled.scheme is not None
+    assert ruled.scheme.label == "FP8_DYNAMIC"
