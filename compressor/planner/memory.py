@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.model.families import text_config
-from compressor.planner.sizes import hidden_size, is_routed, routed_share
+from compressor.planner.sizes import computed_share, hidden_size, is_routed
 from compressor.stages.base import Claim
 
 # What multiplies a token of experts' inputs at once: as it comes, before and after its scaling.
@@ -59,8 +58,7 @@ def activation_bytes(
 ) -> int:
     """What experts in one module take to compute so many tokens: their inputs, products and outputs.
 
-    Stored experts' products are made one by one. Llama 4 gives every expert every token (transformers 5.17
-    ``modeling_llama4.py`` Llama4TextMoe).
+    Stored experts' products are made one by one.
     """
     parts = [part for claim in claims if is_routed(claim.tensor.name) for part in claim.role.parts]
     if not parts:
@@ -68,8 +66,7 @@ def activation_bytes(
     experts = len(
         {part.expert if part.expert is not None else part.module.rpartition(".")[0] for part in parts}
     )
-    share = 1.0 if text_config(config).get("model_type") == "llama4_text" else routed_share(config)
-    rows = tokens * max(1.0, experts * share)
+    rows = tokens * max(1.0, experts * computed_share(config))
     hidden = hidden_size(config)
     wide = max(max(part.in_features, part.out_features) for part in parts)
     inner = max((part.in_features for part in parts if part.in_features != hidden), default=wide)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from compressor import data
@@ -75,11 +75,11 @@ def check_places(output: Path, workspace: Path, source: Path | None, faults: lis
 
 
 def check_disk(
-    prediction: Prediction, output: Path, space: Workspace, stream_key: str, faults: list[UserError]
+    prediction: Prediction, output: Path, space: Workspace, own: Set[str], faults: list[UserError]
 ) -> None:
-    """What the plan will write against what is free; what this plan's own stage holds already counts."""
-    own = sum(entry.nbytes for entry in space.entries() if entry.path.name == f"stream-{stream_key}")
-    needs = {existing(space.root): prediction.disk_bytes - own}
+    """What the plan will write against what is free; what this plan's ``own`` stages hold already counts."""
+    held = sum(entry.nbytes for entry in space.entries() if entry.path.name in own)
+    needs = {existing(space.root): prediction.disk_bytes - held}
     target = existing(output)
     if os.stat(target).st_dev != os.stat(existing(space.root)).st_dev:
         # Shards cannot be linked there: they are copied.

@@ -174,7 +174,7 @@ def make_plan(
         evicts=evicts,
     )
     if not planning:
-        check_disk(prediction, output, space, stream_key(plan), faults)
+        check_disk(prediction, output, space, _own_stages(plan), faults)
     if faults:
         raise PlanError(_placed(faults, loaded))
     return plan
@@ -284,6 +284,13 @@ def _polish(
     polish = plan_polish(section, walk, claims, source.config, loaded.recipe.seed)
     warnings += polish.warnings()
     return polish
+
+
+def _own_stages(plan: Plan) -> set[str]:
+    """Folders of the workspace that the plan's large artefacts are in, finished or not."""
+    walk, source = plan.walk, plan.source.fingerprint
+    walked = set() if walk is None else {f"walk-{walk_key(walk, plan.claims, source)}"}
+    return walked | {f"stream-{stream_key(plan)}"}
 
 
 def stream_key(plan: Plan) -> str:

@@ -58,9 +58,17 @@ def routed_share(config: dict[str, Any]) -> float:
     return min(1.0, chosen / experts) if experts and chosen else 1.0
 
 
+def computed_share(config: dict[str, Any]) -> float:
+    """The share of the routed experts that is computed for one token: those that it passes.
+
+    For Llama 4 all: the others get zeros (transformers 5.17 ``modeling_llama4.py`` Llama4TextMoe).
+    """
+    return 1.0 if text_config(config).get("model_type") == "llama4_text" else routed_share(config)
+
+
 def active_parameters(claims: Sequence[Claim], config: dict[str, Any]) -> float:
-    """Parameters that one token meets: all but those of routed experts that are not chosen for it."""
-    share = routed_share(config)
+    """Parameters that are computed with for one token: of routed experts, ``computed_share``."""
+    share = computed_share(config)
     return sum(claim.tensor.numel * (share if is_routed(claim.tensor.name) else 1.0) for claim in claims)
 
 

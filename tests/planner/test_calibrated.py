@@ -122,12 +122,14 @@ def test_routed_experts_count_by_the_chosen_ones() -> None:
     config = LLAMA4 | {"num_local_experts": 4, "num_experts_per_tok": 1}
     claims = _claims(GPTQ, llama4_headers(), config)
     experts, shared, router = 4 * 3 * 64 * 128, 3 * 64 * 128, 4 * 64
-    assert active_parameters(claims, config) == 2 * (experts / 4 + shared + router)
-    assert active_parameters(claims, LLAMA4) == 2 * (experts + shared + router)
+    other = config | {"model_type": "other"}
+    assert active_parameters(claims, other) == 2 * (experts / 4 + shared + router)
+    # Llama 4 computes every token with every expert.
+    assert active_parameters(claims, config) == 2 * (experts + shared + router)
     plan = plan_walk(claims, SHOWN, config)
     # The shared expert's two inputs twice each, the routed ones' once, for the tokens that reach them.
     moments = 2 * (2 * 2 * (64**2 + 128**2) + 2 * (64**2 + 128**2))
-    forward = 4 * 2 * 2 * (experts / 4 + shared + router)
+    forward = 4 * 2 * 2 * (experts + shared + router)
     assert plan.time_s == pytest.approx(TOKENS * (forward / FORWARD + moments / MOMENTS))
 
 

@@ -74,6 +74,12 @@ def test_the_recipe_bounds_the_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     tight = plan_walk(claims, shown, LLAMA4, BASE_RSS_BYTES + 4 * (ROUTED + DENSE))
     assert tight.walk.stored_experts
     assert tight.held_bytes < free.held_bytes
+    heard = plan_walk(
+        _claims({"scheme": "fp8_static", "solver": "gptq"}), shown, LLAMA4, BASE_RSS_BYTES + 10**6
+    )
+    # Moments of as many experts at a time as a part of that holds.
+    assert heard.walk.moment_bytes == 0.2 * 10**6
+    assert not heard.walk.stored_experts
     assert calibrated.walk_key(tight, claims, "s") == calibrated.walk_key(free, claims, "s")
 
 

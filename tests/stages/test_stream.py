@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,45 @@ def test_importance_is_the_norms_squared_weight(tmp_path: Path) -> None:
     ]
     for value in given.values():
         assert any(torch.equal(value, norm.clamp(min=1e-3 * float(norm.max()))) for norm in norms)
+
+
+class _Fetched(_Counting):
+    """A source of which each tensor has a file of its own; notes what is let go when."""
+
+    def __init__(self, source: FolderSource) -> None:
+        super().__init__(source)
+        self.homes = {name: name for name in source.headers}
+        self.file_bytes = {name: header.nbytes for name, header in source.headers.items()}
+        self.kept: list[set[str]] = []
+        self.finished: list[int] = []
+        self.folder = Path()
+
+    def keep_only(self, names: Set[str]) -> None:
+        self.kept.append(set(names))
+        self.finished.append(len(all_receipts(self.folder)))
+
+
+def test_what_is_read_no_more_is_let_go(source: FolderSource, tmp_path: Path) -> None:
+    """After each receipt all but what later shards read; never without being asked; also in a rerun."""
+    shards = _shards(source, 30_000)
+    silent, fetched = _Fetched(source), _Fetched(source)
+    (tmp_path / "silent").mkdir()
+    stream(silent, shards, CT, tmp_path / "silent", Silent())
+    assert silent.kept == []
+    fetched.folder = tmp_path
+    stream(fetched, shards, CT, tmp_path, Silent(), evict=True)
+    assert fetched.kept[0] == set(source.headers)
+    assert fetched.kept[-1] == set()
+    assert fetched.finished == list(range(len(shards) + 1))
+    for number, kept in enumerate(fetched.kept):
+        later = [
+            claim.tensor.name for shard in shards[number:] for unit in shard.units for claim in unit.claims
+        ]
+        assert kept >= set(later)
+        assert {name for name in kept - set(later) if "norm" not in name} == set()
+    again = _Fetched(source)
+    (tmp_path / f"{shard_names(len(shards))[1]}.json").unlink()
+    again.folder = tmp_path
+    stream(again, shards, CT, tmp_path, Silent(), evict=True)
+    assert {name for name, _ in again.reads} == again.kept[0]
+    assert again.kept[1:] == [set()]
