@@ -114,26 +114,20 @@ class _Place:
 
 
 def test_source_larger_than_the_bound(hub: FakeHub, tmp_path: Path) -> None:
-    """The disk stays within bound and prediction, through a kill in the walk and a later one; nothing is
-    fetched again that has left its result; the weights are those of a run from a folder.
+    """The disk stays within bound and prediction, also through a kill; finished blocks are not fetched
+    again; the weights are those of a run from a folder.
     """
     whole = _Place(hub, tmp_path / "whole", "1000GB").predicted()
     place = _Place(hub, tmp_path / "place", whole * 2 // 3)
     predicted = place.predicted()
     assert predicted <= whole * 2 // 3
-    fetched = []
-    for kill_at in (5, 8):
-        place.kill_at, place.fetched = kill_at, []
-        assert place.compress("run", "--quiet")[0] == -signal.SIGKILL
-        fetched.append(place.fetched)
-    place.kill_at, place.fetched = 1000, []
+    place.kill_at = 5
+    assert place.compress("run", "--quiet")[0] == -signal.SIGKILL
+    before, place.fetched, place.kill_at = place.fetched, [], 1000
     place.run()
-    for once in (*fetched, place.fetched):
-        # By the walk, and by the stream for what stays in 16 bit.
-        assert all(once.count(name) <= 2 for name in once)
-    first, again, rest = (set(names) for names in (*fetched, place.fetched))
-    assert first - again, "finished blocks were fetched"
-    assert len(rest) < 8, "a finished shard was fetched"
+    # By the walk, and by the stream for what stays in 16 bit.
+    assert all(place.fetched.count(name) <= 2 for name in place.fetched)
+    assert any(place.fetched.count(name) == 1 for name in before[1:]), "finished blocks were fetched again"
     assert 0.8 * predicted < place.peak_bytes < 1.2 * predicted + SMALL_FILES_BYTES
     assert list((place.folder / "space" / "hub").rglob("*.safetensors")) == []
     assert place.weights() == _reference(hub.folder, tmp_path / "reference")
