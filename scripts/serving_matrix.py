@@ -44,7 +44,7 @@ from compressor.verify.serving import (  # noqa: E402
 )
 from compressor.verify.spec import VerifySpec  # noqa: E402
 from scripts.serving_page import render  # noqa: E402
-from tests.serve.families import FAMILIES  # noqa: E402
+from tests.serve.families import FAMILIES, PREDICTING  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "serving.md"
@@ -59,6 +59,7 @@ FORMATS = {
     "{kind: int4, group_size: 64}": "W4A16 g64",
     "int8": "W8A16",
 }
+SERVED = {**FAMILIES, **PREDICTING}
 MODELOPT = ("nvfp4a16", "fp8_dynamic", "fp8_block")
 
 
@@ -88,7 +89,7 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """SmolLM2 and every tiny family, in every format; the second dialect where it has the format."""
-    for family in ("smollm2", *FAMILIES):
+    for family in ("smollm2", *SERVED):
         for scheme in FORMATS:
             yield Cell(family, scheme, "compressed-tensors")
             if scheme in MODELOPT and family in ("smollm2", "llama", "mixtral"):
@@ -100,7 +101,7 @@ def make(cell: Cell, folder: Path) -> tuple[Path, str] | str:
     source = SMOLLM2
     if cell.family != "smollm2":
         path = folder / "sources" / cell.family
-        source = str(path if path.exists() else FAMILIES[cell.family](path))
+        source = str(path if path.exists() else SERVED[cell.family](path))
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"name: cell\nmodel: {{source: {json.dumps(source)}}}\nweights: {{scheme: {cell.scheme}}}\n"

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from compressor.model.families import BUILTINS
 from compressor.recipe.calibration import CalibrationSection, DatasetSection
+from compressor.recipe.model import ModelSection, WorkspaceSection
 from compressor.recipe.polish import PolishSection
 from compressor.schemes import known_schemes
 from compressor.solvers import known_solvers
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 # What verify compares has rows of its own.
 CALIBRATION = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8").partition("## What verify")[0]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FAMILIES = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
 
 
 def _rows(text: str) -> dict[str, str]:
@@ -45,6 +48,24 @@ def test_keys(section: type[BaseModel]) -> None:
     """All of them."""
     for key in section.model_fields:
         assert f"`{key}`" in CALIBRATION, key
+
+
+def test_families() -> None:
+    """A row for each, with the model types that it claims and no others; how sources may be read."""
+    rows = _rows(FAMILIES)
+    assert rows.keys() == {family.name for family in BUILTINS} | {"generic", "dequantize", "keep"}
+    for family in BUILTINS:
+        told = rows[family.name].split("|")[2]
+        assert tuple(re.findall(r"`(\w+)`", told)) == family.model_types
+
+
+def test_bounds_and_sources() -> None:
+    """The README names what else a recipe may say of its source and of the machine."""
+    for key in WorkspaceSection.model_fields:
+        assert f"`workspace.{key}`" in README, key
+    for key in ("from", "factory"):
+        assert key in {field.alias or name for name, field in ModelSection.model_fields.items()}
+        assert f"`model.{key}" in README, key
 
 
 def test_rows_are_of_what_exists() -> None:

@@ -48,6 +48,8 @@ FAMILIES: Mapping[str, Callable[[Path], Path]] = {
     "llama": _llama,
     "llama4": _llama4,
     "qwen3": _of("Qwen3ForCausalLM", "Qwen3Config"),
+    "gemma3": _of("Gemma3ForCausalLM", "Gemma3TextConfig", sliding_window=64, query_pre_attn_scalar=64),
+    "gpt_oss": _of("GptOssForCausalLM", "GptOssConfig", num_local_experts=4, num_experts_per_tok=2),
     "mixtral": _of("MixtralForCausalLM", "MixtralConfig", num_local_experts=4),
     "qwen3_moe": _of("Qwen3MoeForCausalLM", "Qwen3MoeConfig", num_experts=4, **_EXPERTS),
     "qwen3_next": _of(
