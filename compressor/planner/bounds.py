@@ -15,7 +15,7 @@ from compressor.planner.places import check_memory
 from compressor.planner.polished import PolishPlan
 from compressor.planner.predict import Prediction, predict
 from compressor.recipe.model import WorkspaceSection
-from compressor.stages.base import Claim, Shard, Unit
+from compressor.stages.base import Claim, Shard
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ def predict_bounded(
     bounds: WorkspaceSection | None,
     source: Source,
     claims: Sequence[Claim],
-    units: Sequence[Unit],
     shards: Sequence[Shard],
     parts: Parts,
     faults: list[UserError],
@@ -55,6 +54,7 @@ def predict_bounded(
     bounds = bounds or WorkspaceSection()
     files = fetched_files(source)
     download = 0 if files is None else sum(files.file_bytes.values())
+    units = [unit for shard in shards for unit in shard.units]
     prediction = predict(claims, units, source.config, download)
     for part in (parts.walk, parts.oneshot, parts.polish):
         if part is not None:

@@ -143,12 +143,9 @@ def make_plan(
     oneshot = None if calibration is None else plan_oneshot(claims, calibration, source.config)
     walk = None if oneshot is not None else _walk(loaded, source, calibration, claims, faults, warnings)
     polish = None if walk is None else _polish(loaded, source, walk, claims, faults, warnings)
-    units = group_units(claims)
-    shards = tuple(pack_shards(units, recipe.export.max_shard_bytes))
+    shards = tuple(pack_shards(group_units(claims), recipe.export.max_shard_bytes))
     parts = Parts(evaluation, walk, oneshot, polish)
-    prediction, evicts = predict_bounded(
-        recipe.workspace, source, claims, units, shards, parts, faults, warnings
-    )
+    prediction, evicts = predict_bounded(recipe.workspace, source, claims, shards, parts, faults, warnings)
     warnings[:0] = _warnings(loaded, source, prediction.result_bytes)
     warnings += dialect.warnings(modules_of(source, claims))
     check_places(output, space.root, source.model_dir() if source.revision is None else None, faults)
