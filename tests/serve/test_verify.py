@@ -64,7 +64,12 @@ EMULATED = [
     ("llama", "mxfp4", "compressed-tensors"),
     ("llama", "fp8_dynamic", "modelopt"),
     ("mixtral", "nvfp4a16", "compressed-tensors"),
-    *((family, "nvfp4a16", "compressed-tensors") for family in PREDICTING),
+    ("deepseek_v3", "nvfp4a16", "compressed-tensors"),
+    *(
+        pytest.param(family, "nvfp4a16", "compressed-tensors", marks=pytest.mark.slow)
+        for family in PREDICTING
+        if family != "deepseek_v3"
+    ),
 ]
 
 
@@ -98,6 +103,7 @@ def test_loader_and_layout_agree(
     assert found.passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
 def test_its_own_prediction_layer_drafts(
     family: str, tmp_path: Path, engine_python: Path, weight_only_env: Mapping[str, str]
