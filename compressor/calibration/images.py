@@ -59,13 +59,13 @@ def conversations(path: Path) -> Iterator[Messages]:
         raise UserError(
             "conversations with images are read from JSON lines", where=str(path), fix="use .jsonl"
         )
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path}:{number}"
                 try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
+                    record = json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError too
                     raise UserError(f"not JSON: {error}", where=where, fix=f"write {_SHAPE}") from error
                 yield _checked(record, path.parent, where)
 
@@ -121,13 +121,24 @@ def _checked(record: object, folder: Path, where: str) -> Messages:
     for part in _image_parts(messages):
         path = PurePosixPath(part["path"])
         if path.is_absolute() or ".." in path.parts:
-            what = f"the image {part['path'][:200]!r} lies outside of the file's folder"
-            raise UserError(what, where=where, fix="name it relative to the file")
-        if not (folder / path).is_file():
+            raise _outside(part["path"], where)
+        try:
+            found = (folder / path).resolve()
+            there = found.is_file()
+        except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a NUL
+            there = False
+        if not there:
             raise UserError(
                 f"there is no image {part['path'][:200]!r}", where=where, fix="put it beside the file"
             )
+        if not found.is_relative_to(folder.resolve()):
+            raise _outside(part["path"], where)
     return messages
+
+
+def _outside(path: str, where: str) -> UserError:
+    what = f"the image {path[:200]!r} lies outside of the file's folder"
+    return UserError(what, where=where, fix="put it beside the file, and name it relative to that")
 
 
 def _is_part(part: dict[str, Any]) -> bool:
@@ -148,7 +159,9 @@ def _prompt(messages: Messages, processor: Any, spec: ImagesSpec) -> Prompt:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         opened = [
-            {"type": "image", "image": _opened(spec.path.parent / part["path"])} if "path" in part else part
+            {"type": "image", "image": _opened(spec.path.parent / part["path"])}
+            if part["type"] == "image"
+            else {"type": "text", "text": part["text"]}
             for part in parts
         ]
         shown.append({"role": message["role"], "content": opened})
