@@ -82,11 +82,9 @@ def seen_from(
 
     A mixture that is not a shipped one is spelled out.
     """
-    images = section.images if section is not None else None
-    if images is not None and spec.images is not None and not Path(spec.images.name).is_absolute():
-        images = images.model_copy(update={"path": os.path.relpath(spec.images.path, at)})
     if section is None:
         return None
+    images = _moved_images(section.images, spec.images, at)
     if spec.mixture is not None and _is_shipped(spec.mixture):
         return section.model_copy(update={"images": images})
     return CalibrationSection(
@@ -96,6 +94,14 @@ def seen_from(
         seed=spec.seed,
         images=images,
     )
+
+
+def _moved_images(given: ImagesSection | None, found: ImagesSpec | None, at: Path) -> ImagesSection | None:
+    """The images of the recipe, else of its mixture, named from the folder ``at``."""
+    if found is None:
+        return None
+    path = found.name if Path(found.name).is_absolute() else os.path.relpath(found.path, at)
+    return ImagesSection(path=path, num_samples=found.num_samples if given is None else given.num_samples)
 
 
 def _mixture_file(name: str, folder: Path) -> Path:

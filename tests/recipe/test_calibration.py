@@ -126,6 +126,23 @@ def test_an_exported_recipe_calibrates_on_the_same(write: Write, monkeypatch: py
         assert (str(text) in dump_recipe(moved)) == (str(text) in section)
 
 
+@pytest.mark.parametrize("given", ["", ", images: {path: calibration/p.jsonl, num_samples: 1}"])
+def test_an_exported_recipe_keeps_the_images(given: str, write: Write) -> None:
+    """Those of its own, or of the mixture that is spelled out in it."""
+    pictures = write('{"messages": [{"role": "user", "content": "a"}]}\n' * 2, "sub/calibration/p.jsonl")
+    write(f"{MIXTURE}images: {{path: p.jsonl}}\n", "sub/calibration/own.yaml")
+    write("mine", "sub/calibration/mine.txt")
+    out = pictures.parents[2] / "out"
+    out.mkdir()
+    loaded = load_recipe(str(write(f"{SMALL}calibration: {{mixture: own{given}}}\n", "sub/r.yaml")))
+    spec = _spec(loaded)
+    assert spec.images is not None
+    assert spec.images.num_samples == (1 if given else 2)
+    moved = loaded.recipe.model_copy(update={"calibration": seen_from(out, loaded.recipe.calibration, spec)})
+    (out / "recipe.yaml").write_text(dump_recipe(moved))
+    assert _spec(load_recipe(str(out / "recipe.yaml"))).content == spec.content
+
+
 @pytest.mark.parametrize(
     "section, where, message",
     [
