@@ -14,6 +14,7 @@ from compressor.checkpoint.modelopt import CONFIG_NAME
 from compressor.errors import CheckpointError
 from compressor.model.architecture import auto_classes, model_class
 from compressor.model.decode import FusedTensor, StoredWeights, as_compressed_tensors, decoded_tensors
+from compressor.model.families.naming import EMBEDDINGS, leaf
 from compressor.model.quiet import quiet
 
 if TYPE_CHECKING:
@@ -38,8 +39,9 @@ class LoadedCheckpoint:
         model: in evaluation mode, on the CPU.
         via: ``transformers``: its own loader read the folder (ModelOpt's dialect: read its tensors as
             compressed-tensors would name them); ``decoded``: the weights were decoded tensor by tensor and
-            given to transformers as if they were the source's (MoE with separate experts); ``factory``: given
-            to the modules that an installed package makes.
+            given to transformers as if they were the source's (MoE with separate experts, and embeddings,
+            which its loader decodes in linear layers only); ``factory``: given to the modules that an
+            installed package makes.
         activations_simulated: whether the forward pass quantizes activations as the scheme says; None where
             the scheme leaves them alone.
     """
@@ -103,7 +105,8 @@ def load_checkpoint_model(
         _check_keys(info, str(folder))
         return LoadedCheckpoint(set_dtype(model, dtype), "transformers", None)
     weights = StoredWeights(folder)
-    via: Via = "decoded" if any(EXPERT.search(module) for module in weights.modules) else "transformers"
+    alone = any(EXPERT.search(module) or leaf(module) in EMBEDDINGS for module in weights.modules)
+    via: Via = "decoded" if alone else "transformers"
 
     def load() -> Any:
         if via == "decoded":
