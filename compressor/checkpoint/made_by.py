@@ -105,8 +105,11 @@ def factory_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 def missing_package(factory: str) -> UserError | None:
     """A fault where the factory's package is not installed; tells without running any of its code."""
     package = factory.partition(":")[0].partition(".")[0]
-    if find_spec(package) is not None:
-        return None
+    try:
+        if find_spec(package) is not None:
+            return None
+    except ValueError:  # a module without a spec, such as __main__
+        pass
     return UserError(
         f"the package {package!r} of {factory} is not installed",
         where="model.factory",

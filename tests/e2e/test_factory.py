@@ -140,6 +140,13 @@ def test_faults_of_a_plan(
         compressor.plan(recipe, output=tmp_path / "out")
 
 
+def test_a_module_of_no_package(tmp_path: Path, package: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The running program itself has no spec to be found by."""
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    with pytest.raises(PlanError, match=r"'__main__' of .* is not installed"):
+        compressor.plan(_recipe(tmp_path, "{scheme: int8}", factory="__main__:Model"), output=tmp_path)
+
+
 def test_spelling(tmp_path: Path, package: None) -> None:
     """``module:callable`` and nothing else."""
     with pytest.raises(UserError, match="factory"):
