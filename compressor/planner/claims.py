@@ -27,6 +27,9 @@ from compressor.stages.base import Claim
 WIDE_DTYPES = frozenset({"F32", "F64"})
 EXPERTS = ".experts."
 _SHOWN = 4
+_LEAVE_OUT = (
+    "leave these out of the pattern, or copy them by an entry of weights.ignore, which precedes rules"
+)
 
 
 @dataclass
@@ -74,7 +77,7 @@ def claim_tensors(
         for header in headers.values()
     ]
     faults = [
-        UserError(f"{problem}: {_some(names)}", where=rule, fix="leave these out of the rule")
+        UserError(f"{problem}: {_some(names)}", where=rule, fix=_LEAVE_OUT)
         for (rule, problem), names in refused.items()
     ]
     claims = _unfuse_copied_experts(claims)
@@ -134,6 +137,8 @@ def _claim(
         rule = _Rule("weights.scheme", (), weights.scheme, weights.solver)
     if header.name in kept:
         return _keep(header, role, rule, kept[header.name])
+    if matching and _splits(header, role, matching, weights):
+        refused[matching[0].key, "matches some of the matrices that one tensor holds"].append(header.name)
     if rule is None or rule.scheme is None:
         key = rule.key if rule else "default"
         reason = f"asked by {key}" if rule else role.reason
@@ -150,6 +155,26 @@ def _claim(
         for output in dialect.outputs(rule.scheme, part, dtype=header.dtype)
     )
     return Claim(header, role, "quantize", rule.key, "", rule.scheme, rule.solver, outputs)
+
+
+def _splits(header: TensorHeader, role: Role, rules: Sequence[_Rule], weights: WeightsSection) -> bool:
+    """Whether the rules store the parts of one tensor in different ways, where they can have only one."""
+    if len(role.parts) < 2:
+        return False
+    whole = [header.name, header.name.removesuffix(".weight")]
+    default = None if role.reason else weights.scheme
+    first = None
+    for part in role.parts:
+        names = [*whole, part.module]
+        found = next(
+            (rule for rule in rules if any(test(name) for test in rule.tests for name in names)), None
+        )
+        stored = (default, weights.solver) if found is None else (found.scheme, found.solver)
+        stored = stored if stored[0] is not None else (None, None)
+        if first is not None and stored != first:
+            return True
+        first = stored
+    return False
 
 
 def _names(header: TensorHeader, role: Role) -> list[str]:

@@ -110,6 +110,31 @@ def test_experts_are_split_and_must_agree() -> None:
     assert "all experts of a layer" in _faults(split, llama4_headers(), LLAMA4)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"ignore": ["*.experts.0.*"]},
+        {"rules": [{"match": "*.experts.[0-2].*", "scheme": "fp8_dynamic"}]},
+        {"rules": [{"match": ["*.experts.*.gate_proj", "*.experts.*.down_proj"], "scheme": "fp8_dynamic"}]},
+        {"rules": [{"match": "*.experts.1.*", "scheme": "nvfp4a16", "solver": "gptq"}]},
+    ],
+)
+def test_a_part_of_a_tensor_is_no_tensor(weights: dict[str, Any]) -> None:
+    """Patterns that match some of the experts in one tensor do not decide about the others in silence."""
+    assert "some of the matrices that one tensor holds" in _faults(
+        {"scheme": "nvfp4a16", **weights}, llama4_headers(), LLAMA4
+    )
+
+
+def test_experts_may_be_matched_one_by_one() -> None:
+    """By several patterns, or several entries, that together store all of them alike."""
+    each = [f"*.experts.{expert}.*" for expert in range(4)]
+    for weights in ({"ignore": each}, {"rules": [{"match": each, "scheme": "fp8_dynamic"}]}):
+        claims = _claims({"scheme": "nvfp4a16", **weights}, llama4_headers(), LLAMA4)
+        rule = claims["model.layers.0.feed_forward.experts.gate_up_proj"].rule
+        assert rule == f"weights.{'ignore' if 'ignore' in weights else 'rules'}.0"
+
+
 def test_experts_left_in_16_bit_beside_quantized_ones_are_written_one_by_one() -> None:
     """The engine's loader takes all experts for fused once it has met one fused tensor."""
     weights = {"scheme": "nvfp4a16", "ignore": ["*.layers.1.feed_forward.experts.*"]}
