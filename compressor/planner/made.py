@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from compressor.checkpoint.made_by import FactorySource, missing_package, not_allowed
+from compressor.checkpoint.base import Source
+from compressor.checkpoint.made_by import FACTORY_KEY, FactorySource, missing_package, not_allowed
 from compressor.errors import UserError
 from compressor.recipe.model import Recipe
 from compressor.solvers.llmcompressor import LlmCompressor
 
 
-def factory_faults(recipe: Recipe, source: FactorySource, *, planning: bool) -> list[UserError]:
+def as_made(
+    recipe: Recipe, source: Source, faults: list[UserError], *, planning: bool, allow_code: bool
+) -> Source:
+    """The source with its factory, where the recipe names one; adds to ``faults`` what does not fit."""
+    if recipe.model.factory is None:
+        faults += _unnamed_factory(source)
+        return source
+    made = FactorySource(source, recipe.model.factory, allowed=allow_code)
+    faults += _factory_faults(recipe, made, planning=planning)
+    return made
+
+
+def _factory_faults(recipe: Recipe, source: FactorySource, *, planning: bool) -> list[UserError]:
     """A package that is not installed, code that nobody allowed, and what needs transformers' own models."""
     faults = []
     missing = missing_package(source.factory)
@@ -33,6 +46,16 @@ def factory_faults(recipe: Recipe, source: FactorySource, *, planning: bool) -> 
     if recipe.evaluate is not None and recipe.evaluate.tasks:
         faults.append(_needs_transformers("evaluate.tasks"))
     return faults
+
+
+def _unnamed_factory(source: Source) -> list[UserError]:
+    """A checkpoint whose config.json names a factory that the recipe does not name."""
+    named = source.config.get(FACTORY_KEY)
+    if named is None:
+        return []
+    what = f"its config.json says that {str(named)[:80]!r} makes the model, which the recipe does not name"
+    fix = "set model.factory if you trust it, or remove the entry from config.json"
+    return [UserError(what, where="model.source", fix=fix)]
 
 
 def _needs_transformers(key: str) -> UserError:

@@ -16,7 +16,6 @@ from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.dequantized import DequantizedSource
 from compressor.checkpoint.kept import KeptSource
-from compressor.checkpoint.made_by import FactorySource
 from compressor.checkpoint.sources import open_source
 from compressor.dialects import DIALECTS
 from compressor.dialects.base import Dialect
@@ -30,7 +29,7 @@ from compressor.planner.kept import kept_faults
 from compressor.planner.kv_bytes import full_context
 from compressor.planner.layout import group_units, pack_shards
 from compressor.planner.learned import learned_on_one_row, learned_twice
-from compressor.planner.made import factory_faults
+from compressor.planner.made import as_made
 from compressor.planner.oneshot import OneshotPlan, oneshot_faults, oneshot_key, plan_oneshot
 from compressor.planner.pictured import image_faults
 from compressor.planner.places import check_disk, check_places, check_text
@@ -192,11 +191,7 @@ def _open(
         planning=planning,
         from_=model.from_,
     )
-    if model.factory is None:
-        return source
-    made = FactorySource(source, model.factory, allowed=allow_code)
-    faults += factory_faults(loaded.recipe, made, planning=planning)
-    return made
+    return as_made(loaded.recipe, source, faults, planning=planning, allow_code=allow_code)
 
 
 def _solving_faults(

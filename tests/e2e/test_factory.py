@@ -147,6 +147,19 @@ def test_a_module_of_no_package(tmp_path: Path, package: None, monkeypatch: pyte
         compressor.plan(_recipe(tmp_path, "{scheme: int8}", factory="__main__:Model"), output=tmp_path)
 
 
+@pytest.mark.parametrize("named", [FACTORY, [FACTORY]])
+def test_a_config_names_the_factory_alone(named: object, tmp_path: Path, package: None) -> None:
+    """Found in the plan: its result could not be loaded back."""
+    recipe = _recipe(tmp_path, "{scheme: int8}", factory="unused:model")
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"compressor_factory": named}))
+    recipe.write_text(recipe.read_text().replace(", factory: 'unused:model'", ""))
+    forget_package()
+    with pytest.raises(PlanError, match="makes the model, which the recipe does not name"):
+        compressor.plan(recipe, output=tmp_path / "out")
+    assert PACKAGE not in sys.modules
+
+
 def test_spelling(tmp_path: Path, package: None) -> None:
     """``module:callable`` and nothing else."""
     with pytest.raises(UserError, match="factory"):
