@@ -10,8 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.layout import load_config
+from compressor.checkpoint.made_by import FACTORY_KEY, FactorySource
 from compressor.checkpoint.safetensors_writer import ShardWriter
 from compressor.checkpoint.sources import From, local_path, open_source
+from compressor.checkpoint.stored import StoredTensors
 from compressor.data import find
 from compressor.errors import CheckpointError, UserError
 from compressor.evals.run import leading_token
@@ -79,16 +82,23 @@ def find_source(
         if local_path(model.source, beside) is None:
             progress.warn(f"the source {model.source} is on the Hub: {hint} {model.source}")
             return None
-        return open_source(
+        source = open_source(
             model.source,
             sha256=model.sha256,
             beside=beside,
             # What is kept is compared by its values too.
             from_=None if model.from_ is None else "dequantize",
         )
+        return source if model.factory is None else FactorySource(source, model.factory, allowed=False)
     except UserError as error:
         progress.warn(f"the source that {RECIPE_FILE} names cannot be opened ({error.what}): {hint}")
         return None
+
+
+def factory_of(checkpoint: Path) -> str:
+    """The factory that config.json says makes the model, for messages; "" where there is none."""
+    named = load_config(StoredTensors(checkpoint).small_file("config.json"), "config.json").get(FACTORY_KEY)
+    return "" if named is None else repr(str(named)[:80])
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, longest: int | None) -> Tokens:

@@ -12,7 +12,7 @@ from compressor.report.model import utc_now
 from compressor.report.verification import EngineFacts, Verification, VerifyCheck
 from compressor.verify.base import Check
 from compressor.verify.engine import find_engine_python
-from compressor.verify.inputs import find_source, missing_room
+from compressor.verify.inputs import factory_of, find_source, missing_room
 from compressor.verify.record import record
 from compressor.verify.serving import Questions, question_engine
 from compressor.verify.spec import VerifySpec
@@ -65,14 +65,21 @@ def _check_models(
         checks.append(check_meaning(spec.checkpoint, source, near=spec.cache.parent))
         checks += check_source_values(spec.checkpoint, source, progress)
     unread = [check for check in checks if check.name == "config" and check.status == "skipped"]
+    factory = factory_of(spec.checkpoint)
     if unread:
         reference = Reference(Check("transformers", "skipped", unread[0].detail))
+    elif factory:
+        text = f"its model is made by {factory}, code of a package that is not run here"
+        reference = Reference(Check("transformers", "skipped", text))
     else:
         reference = load_reference(spec, source, progress)
     checks.append(reference.check)
     if reference.check.status == "passed":
         checks += check_quality(spec.checkpoint, reference)
     if any(check.status == "failed" for check in checks):
+        return None
+    if factory:
+        checks.append(Check("engine", "skipped", "vLLM does not know the model"))
         return None
     if python is None:
         reason = "not asked for" if spec.engine == "none" else "no environment with vLLM was found"

@@ -140,6 +140,28 @@ def test_faults_of_a_plan(
         compressor.plan(recipe, output=tmp_path / "out")
 
 
+def test_verify_runs_no_code(tmp_path: Path, package: None) -> None:
+    """What can be told without the model is checked, a changed value is found, the rest is skipped."""
+    recipe = _recipe(tmp_path, "{scheme: int8}")
+    command = ["run", str(recipe), "--output", str(tmp_path / "out"), "-q", "--allow-code"]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    forget_package()
+    command = ["verify", str(tmp_path / "out"), "--engine", "none", "-q"]
+    said = CliRunner().invoke(cli, command)
+    assert said.exit_code == 0, said.output
+    assert PACKAGE not in sys.modules
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["verification"]
+    status = {check["name"]: check["status"] for check in found["checks"]}
+    assert (status["meaning"], status["transformers"], status["engine"]) == ("passed", "skipped", "skipped")
+    config = tmp_path / "out" / "config.json"
+    config.write_text(config.read_text().replace('"dim": 32', '"dim": 16'))
+    (tmp_path / "out" / "manifest.json").unlink()
+    said = CliRunner().invoke(cli, command)
+    assert said.exit_code == 1
+    assert "dim is 16 instead of 32" in " ".join(said.output.split())
+    assert PACKAGE not in sys.modules
+
+
 def test_a_module_of_no_package(tmp_path: Path, package: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The running program itself has no spec to be found by."""
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
