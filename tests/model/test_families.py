@@ -403,3 +403,17 @@ def test_what_engines_accept_at_the_ends(name, scheme, is_tied, refused):
     assert (problem is None) == (refused is None)
     if refused and problem:
         assert refused in problem
+
+
+def test_latent_attention_of_no_family() -> None:
+    """What engines fold away stays in 16 bit there too, unless a rule names it."""
+    config = {"model_type": "glm4_moe_lite", "num_hidden_layers": 2}
+    family = family_for(config)
+    assert family.name == "generic"
+    found = {
+        leaf: family.role(TensorHeader(f"model.layers.0.self_attn.{leaf}.weight", "BF16", (64, 32)), config)
+        for leaf in ("kv_b_proj", "q_b_proj")
+    }
+    assert {leaf: role.kind for leaf, role in found.items()} == dict.fromkeys(found, "linear")
+    assert "fold it" in found["kv_b_proj"].reason
+    assert found["q_b_proj"].reason == ""

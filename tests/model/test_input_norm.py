@@ -46,7 +46,7 @@ MORE: dict[str, dict[str, Any]] = {
     "jamba": {"num_experts": 1, "attn_layer_period": 1, "attn_layer_offset": 0},
 }
 MODEL_TYPES = (
-    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite"),
+    *("llama", "mistral", "ministral3", "qwen2", "qwen3", "smollm3", "phi3", "granite"),
     *("gemma", "gemma2", "gemma3_text", "qwen3_moe", *MORE),
 )
 

@@ -11,7 +11,7 @@ import re
 
 from compressor.model.families.mixtures import ROUTER
 from compressor.model.families.named import NamedFamily
-from compressor.model.families.naming import input_norm
+from compressor.model.families.naming import FOLDED, input_norm
 from compressor.spec import InputNorm
 
 # A latent's norm feeds the matrix that unfolds it.
@@ -34,11 +34,5 @@ DEEPSEEK = NamedFamily(
     ),
     kept=((re.compile(r"\.mlp\.gate\.weight$"), ROUTER),),
     norm=_norm,
-    # vLLM 0.32 quant_utils.py get_and_maybe_dequant_weights multiplies the quantized layer by an identity.
-    by_rule_only=(
-        (
-            re.compile(r"\.self_attn\.kv_b_proj\.weight$"),
-            "engines fold it into its neighbours, and read it through its input's quantization",
-        ),
-    ),
+    by_rule_only=((re.compile(r"\.self_attn\.kv_b_proj\.weight$"), FOLDED),),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from compressor.model.families.naming import block_index, common_role, leaf, whole
+from compressor.model.families.naming import FOLDED, block_index, common_role, leaf, whole
 from compressor.spec import Role, TensorHeader
 
 # Why a 2-D weight inside a block is no projection to quantize: words of its name's components -> reason.
@@ -63,7 +63,8 @@ class GenericFamily:
         for words, reason in _EXCEPTIONS:
             if words.search(leaf(module)):
                 return Role("other", reason=reason)
-        return Role("linear", (whole(header, module),))
+        # Latent attention, of whatever architecture (DeepSeek-V3.2, GLM-4.7-Flash).
+        return Role("linear", (whole(header, module),), FOLDED if leaf(module) == "kv_b_proj" else "")
 
 
 def _many_dimensions(header: TensorHeader) -> str:

@@ -23,7 +23,8 @@ _LINEAR = re.compile(
 _PRE_NORM = {
     **dict.fromkeys(
         (
-            *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3", "granite"),
+            *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3"),
+            *("phi3", "granite"),
             *("qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text"),
         ),
         ("input_layernorm", "post_attention_layernorm", 0.0),
@@ -42,6 +43,7 @@ class LlamaFamily:
         "llama",
         "mistral",
         "ministral",
+        "ministral3",
         "qwen2",
         "qwen3",
         "smollm3",

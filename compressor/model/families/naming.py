@@ -32,6 +32,9 @@ FUSED = {
     "in_proj_z": "in_proj_qkvz",
 }
 
+# vLLM 0.32 quant_utils.py get_and_maybe_dequant_weights multiplies the quantized layer by an identity.
+FOLDED = "engines fold it into its neighbours, and read it through its input's quantization"
+
 _TOWER = re.compile(
     r"(^|[._])(vision|visual|vit|image|audio|speech|sound|multi_modal|multimodal|mm_projector|connector)([._]|$)"
 )
