@@ -143,9 +143,9 @@ def _checked_shape(
     grid = _scale_grid(scheme, rows, columns)
     found = headers.get(parts["weight_scale"])
     scale_dtypes = _scale_dtypes(scheme)
-    # ModelOpt leaves out or adds dimensions of one.
+    # ModelOpt and others leave out or add dimensions of one.
     loose = weights.dialect == "modelopt" or prod(grid) == 1 or args.strategy == "channel"
-    same = found is not None and loose and found.numel == prod(grid)
+    same = found is not None and loose and _without_ones(found.shape) == _without_ones(grid)
     expect(headers, parts["weight_scale"], scale_dtypes, found.shape if same and found is not None else grid)
     for leaf in _ONE_VALUE:
         if leaf in parts:
@@ -156,6 +156,10 @@ def _checked_shape(
         zero_rows = -(-rows * args.num_bits // _WORD_BITS) if packed else grid[0]
         expect(headers, parts["weight_zero_point"], ("I32" if packed else "I8",), (zero_rows, grid[1]))
     return rows, columns
+
+
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def _scale_grid(scheme: QuantizationScheme, rows: int, columns: int) -> tuple[int, int]:

@@ -150,6 +150,10 @@ class QuantizedWeights:
     def respelled(self, module: str, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``local`` from the module's tensors as the checkpoint names and shapes them."""
         if self.dialect == "compressed-tensors":
+            args = self.scheme(module).weights
+            if args is not None and args.strategy == "channel":
+                # Without its second dimension the library would take it for a scale of each column.
+                return found | {"weight_scale": found["weight_scale"].reshape(-1, 1)}
             return found
         with _fitting(module):
             return modelopt.to_compressed_tensors(self.algorithm(module), found)

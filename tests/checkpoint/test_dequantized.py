@@ -107,6 +107,23 @@ def test_sixteen_bit_scales(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(_read(tmp_path / "packed", f"{Q_PROJ}.weight"), exact.float().bfloat16())
 
 
+@pytest.mark.parametrize("chunk", [groups.CHUNK_VALUES, 1])
+@pytest.mark.parametrize("shape", [(-1,), (1, -1), (-1, 1, 1)])
+@pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "W8A8"])
+def test_a_scale_for_each_row_of_any_shape(
+    preset: str, shape: tuple[int, ...], chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a square matrix too, and of chunks as long as wide, where the library would scale columns."""
+    monkeypatch.setattr(groups, "CHUNK_VALUES", chunk)
+    plain = tiny_llama(tmp_path / "plain", hidden=128, intermediate=192, layers=1)
+    meant = compress_folder(plain, tmp_path / "packed", preset)
+    name = f"{Q_PROJ}.weight_scale"
+    _edit(tmp_path / "packed", lambda stored: stored.update({name: stored[name].reshape(shape)}))
+    found = _read(tmp_path / "packed", f"{Q_PROJ}.weight")
+    assert found.shape[0] == found.shape[1]
+    assert torch.equal(found, meant[f"{Q_PROJ}.weight"].float().bfloat16())
+
+
 def test_older_configs(tmp_path: Path) -> None:
     """Groups without a format of their own, and a status from before the weights were packed."""
     plain = tiny_llama(tmp_path / "plain", hidden=128, intermediate=192, layers=1)
