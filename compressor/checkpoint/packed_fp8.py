@@ -104,7 +104,8 @@ def _decode(parts: Mapping[str, torch.Tensor], block: tuple[int, int] | None) ->
         if block is not None:
             height, width = block
             of_rows = scale[chunk.start // height : -(-chunk.stop // height)]
-            factor = of_rows.repeat_interleave(height, 0)[: chunk.stop - chunk.start]
-            factor = factor.repeat_interleave(width, 1)[:, :columns]
+            # A block may be larger than the matrix by any factor.
+            factor = of_rows.repeat_interleave(min(height, rows), 0)[: chunk.stop - chunk.start]
+            factor = factor.repeat_interleave(min(width, columns), 1)[:, :columns]
         found[chunk] = codes[chunk].float() * factor
     return found

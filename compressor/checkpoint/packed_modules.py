@@ -26,6 +26,8 @@ _ONE_VALUE = ("weight_global_scale", "weight_scale_2")
 # What activations are rounded with: no part of the weight.
 _INPUTS = ("input_scale", "input_global_scale", "input_zero_point", "output_scale", "output_zero_point")
 _WORD_BITS = 32
+# Rows or columns that the library may pad a smaller matrix to, to fill its blocks.
+_PADDED = 256
 
 
 def module_layout(
@@ -172,6 +174,8 @@ def _scale_grid(scheme: QuantizationScheme, rows: int, columns: int) -> tuple[in
         return rows, 1
     if args.strategy == "block" and args.block_structure:
         height, width = args.block_structure
+        if height > max(rows, _PADDED) or width > max(columns, _PADDED):
+            raise CheckpointError(f"blocks of {height:,} x {width:,} in a matrix of {rows:,} x {columns:,}")
         return -(-rows // height), -(-columns // width)
     if args.strategy in ("group", "tensor_group") and args.group_size:
         return rows, -(-columns // args.group_size)
@@ -228,6 +232,6 @@ def _rows(tensor: torch.Tensor, chunk: slice, rows: int, height: int, bits: int,
     step = 1
     if name == "weight_zero_point" and tensor.dtype == torch.int32:
         step = _WORD_BITS // bits
-    elif name == "weight_scale":
+    elif name in ("weight_scale", "weight_zero_point"):
         step = height
     return tensor[chunk.start // step : -(-chunk.stop // step)]

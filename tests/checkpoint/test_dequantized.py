@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressor.checkpoint.base import fetched_files, let_go
 from compressor.checkpoint.dequantized import DequantizedSource
@@ -263,6 +264,63 @@ def test_fp8_blocks_that_end_early(chunk: int, tmp_path: Path, monkeypatch: pyte
     source = open_source(str(folder), from_="dequantize")
     assert list(source.headers) == ["a.weight"]
     assert source.note.endswith("; its KV-cache scales are left out")
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the most values of any tensor that is made."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.values = max(self.values, made.numel() if isinstance(made, torch.Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize("block", [(2**20, 1), (1, 2**20), (2**20, 2**20)])
+def test_fp8_blocks_larger_than_the_matrix(block: tuple[int, int], tmp_path: Path) -> None:
+    """Take no more memory than the matrix."""
+    codes_OI = _fp8(48, 40)["weight"]
+    factor = torch.rand(-(-48 // block[0]), -(-40 // block[1])) + 0.5
+    described = {"quant_method": "fp8", "weight_block_size": list(block)}
+    folder = _write(tmp_path / "m", described, {"a.weight": codes_OI, "a.weight_scale_inv": factor})
+    with _Largest() as largest:
+        found = _read(folder, "a.weight")
+    assert largest.values == 48 * 40
+    assert torch.equal(found, (codes_OI.float() * factor).bfloat16())
+
+
+@pytest.mark.parametrize("chunk", [groups.CHUNK_VALUES, 1])
+def test_zero_points_of_blocks(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk of rows is given those of its blocks."""
+    monkeypatch.setattr(groups, "CHUNK_VALUES", chunk)
+    weights = {"num_bits": 8, "type": "int", "strategy": "block", "block_structure": [32, 16]}
+    folder = _write(
+        tmp_path / "m",
+        _one_group("int-quantized", weights | {"symmetric": False}),
+        {
+            "a.weight": (codes_OI := torch.randint(-128, 128, (96, 32)).to(torch.int8)),
+            "a.weight_scale": (scale := torch.rand(3, 2) + 0.1),
+            "a.weight_zero_point": (zero := torch.randint(-20, 20, (3, 2)).to(torch.int8)),
+        },
+    )
+    scale_OI, zero_OI = (grid.float().kron(torch.ones(32, 16)) for grid in (scale, zero))
+    assert torch.equal(_read(folder, "a.weight"), ((codes_OI - zero_OI) * scale_OI).bfloat16())
+
+
+def _one_group(layout: str, weights: dict[str, Any]) -> dict[str, Any]:
+    """A ``quantization_config`` in which all linear layers are stored alike."""
+    group = {"targets": ["Linear"], "weights": weights, "format": layout}
+    return {"quant_method": "compressed-tensors", "config_groups": {"g": group}}
+
+
+def test_blocks_that_would_be_padded_without_bound(tmp_path: Path) -> None:
+    """The library fills the last blocks: refused from the headers."""
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [2**21, 1]}
+    tensors = {"a.weight": _fp8(1, 512)["weight"], "a.weight_scale": torch.ones(1, 512)}
+    folder = _write(tmp_path / "m", _one_group("float-quantized", weights), tensors)
+    with pytest.raises(CheckpointError, match="blocks of 2,097,152 x 1 in a matrix of 1 x 512"):
+        open_source(str(folder), from_="dequantize")
 
 
 def test_fp8_of_one_factor(tmp_path: Path) -> None:
