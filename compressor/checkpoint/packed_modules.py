@@ -26,6 +26,7 @@ _ONE_VALUE = ("weight_global_scale", "weight_scale_2")
 # What activations are rounded with: no part of the weight.
 _INPUTS = ("input_scale", "input_global_scale", "input_zero_point", "output_scale", "output_zero_point")
 _WORD_BITS = 32
+_MOST_BITS = 8
 # Rows or columns that the library may pad a smaller matrix to, to fill its blocks.
 _PADDED = 256
 
@@ -134,6 +135,10 @@ def _checked_shape(
     args = scheme.weights
     if args is None:
         raise CheckpointError("quantized, but its group in quantization_config has no weights", where=module)
+    if not 1 <= args.num_bits <= _MOST_BITS:
+        raise CheckpointError(
+            f"quantization_config says {args.num_bits:,} bits for its weights", where=module
+        )
     packed = "weight_shape" in parts
     four_bit_float = args.type == "float" and args.num_bits == 4
     dtype = "I32" if packed else "U8" if four_bit_float else "F8_E4M3" if args.type == "float" else "I8"

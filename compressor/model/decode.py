@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -192,15 +193,20 @@ class QuantizedWeights:
 
         try:
             config = QuantizationConfig.model_validate(dict(self._config))
-            if config.format in _OF_ALL_GROUPS:
-                for group in config.config_groups.values():
-                    group.format = group.format or CompressionFormat(config.format)
-            return config
-        except ValueError as error:
+            targets = [name for group in config.config_groups.values() for name in group.targets]
+            for name in (*(config.ignore or ()), *targets):
+                if name.startswith("re:"):
+                    re.compile(name.removeprefix("re:"))
+        # Its validators stumble over what they do not expect.
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
                 f"quantization_config is not compressed-tensors': {reason}", where=self._where
             ) from error
+        if config.format in _OF_ALL_GROUPS:
+            for group in config.config_groups.values():
+                group.format = group.format or CompressionFormat(config.format)
+        return config
 
 
 def static_input_names(activations: QuantizationArgs | None) -> tuple[str, ...]:

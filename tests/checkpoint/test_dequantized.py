@@ -423,6 +423,41 @@ def test_refused_when_it_is_opened(
         open_source(str(folder), from_="dequantize")
 
 
+@pytest.mark.parametrize("preset", ["W4A16", "FP8_BLOCK", "NVFP4"])
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        (("config_groups", "group_0", "weights", "num_bits"), 0),
+        (("config_groups", "group_0", "weights", "num_bits"), -4),
+        (("config_groups", "group_0", "weights", "num_bits"), 10**9),
+        (("config_groups", "group_0", "weights", "group_size"), "128"),
+        (("config_groups", "group_0", "weights", "group_size"), [128]),
+        (("config_groups", "group_0", "weights", "scale_dtype"), 5),
+        (("config_groups", "group_0", "targets"), ["re:("]),
+        (("config_groups", "group_0"), None),
+        (("config_groups", "group_0"), []),
+        (("config_groups",), {"zz": ["Linear"]}),
+        (("config_groups",), 5),
+        (("ignore",), ["re:("]),
+        (("ignore",), [5]),
+        (("kv_cache_scheme",), 5),
+    ],
+)
+def test_spoilt_descriptions(preset: str, path: tuple[str, ...], value: object, tmp_path: Path) -> None:
+    """Whatever the library makes of them, they are faults of the checkpoint."""
+    plain = tiny_llama(tmp_path / "plain", hidden=128, intermediate=192, layers=1)
+    compress_folder(plain, tmp_path / "packed", preset)
+    file = tmp_path / "packed" / "config.json"
+    config = json.loads(file.read_text())
+    inner = config["quantization_config"]
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        open_source(str(tmp_path / "packed"), from_="dequantize")
+
+
 def _drop(leaf: str) -> Callable[[Tensors], Any]:
     return lambda stored: stored.pop(f"{Q_PROJ}.{leaf}")
 
