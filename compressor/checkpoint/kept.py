@@ -99,9 +99,11 @@ class KeptSource(DequantizedSource):
             CheckpointError: a file has become unreadable, or a scale is not finite.
         """
         packed: Packed = self._layout.tensors[name]
-        names = {part: part for part in (*packed.parts.values(), *packed.beside)}
+        names = (*packed.parts.values(), *packed.beside)
         found = {part: self.inner.read(part) for part in names}
-        check_finite(found, names)
+        # A module may be called a scale as well.
+        leaves = {part.rpartition(".")[2]: part for part in names}
+        check_finite({leaf: found[part] for leaf, part in leaves.items()}, leaves)
         return found
 
 

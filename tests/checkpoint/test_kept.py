@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,24 @@ def test_every_format(preset: str, tmp_path: Path) -> None:
     args = preset_name_to_scheme(preset, []).weights
     assert args is not None
     assert (described.weights.num_bits, described.weights.type) == (args.num_bits, args.type)
+
+
+def test_only_scales_are_looked_at_for_nan(tmp_path: Path) -> None:
+    """Two codes of FP4 in a byte may be 255, what scales of 8 bits say NaN with."""
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    group = {"targets": ["Linear"], "weights": weights, "format": "nvfp4-pack-quantized"}
+    described = {"quant_method": "compressed-tensors", "config_groups": {"g": group}}
+    config = {"model_type": "llama", "quantization_config": described}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {
+        "upscale.weight_packed": torch.full((16, 16), 255).byte(),
+        "upscale.weight_scale": torch.ones(16, 2).to(torch.float8_e4m3fn),
+        "upscale.weight_global_scale": torch.ones(1),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = open_source(str(tmp_path), from_="keep")
+    assert isinstance(source, KeptSource)
+    assert source.stored("upscale.weight").keys() == tensors.keys()
 
 
 def test_modelopt_is_refused(tmp_path: Path) -> None:
