@@ -122,6 +122,10 @@ class Workspace:
                         shutil.rmtree(path)
                     else:
                         path.unlink()
+        if self.hub.is_dir():
+            # huggingface_hub names each try anew, so that none is gone on with.
+            for path in self.hub.rglob("*.incomplete"):
+                path.unlink()
 
     def artefact(self, name: str, key: str) -> Path:
         """Where the finished artefact of a stage is or will be."""

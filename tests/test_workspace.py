@@ -50,7 +50,12 @@ def test_leftovers_of_a_killed_run_are_swept(tmp_path: Path) -> None:
     (folder / "shard.tmp-123").write_text("half")
     (folder / "shard").write_text("whole")
     (space.partials / "export.tmp-9").mkdir()
+    blobs = space.hub / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "abc").write_text("whole")
+    (blobs / "abc.01234567.incomplete").write_text("half")
     with space.locked():
+        assert [path.name for path in blobs.iterdir()] == ["abc"]
         assert sorted(path.name for path in folder.iterdir()) == ["shard"]
         assert not (space.partials / "export.tmp-9").exists()
 
