@@ -114,20 +114,30 @@ def _evicting_bytes(
     if walk is None:
         return peak
     steps = _walk_steps(claims)
-    walking = peak_bytes(steps, files)
-    return max(walking + walk.kept_bytes, walk.walked_bytes + peak)
+    # A killed run reads what comes before the blocks once more, when it has written any of them.
+    before = {file for name in _before_blocks(claims, walk) for file in files.homes.get(name, ())}
+    again = sum(files.file_bytes[file] for file in before) + sum(step.written_bytes for step in steps)
+    return max(max(peak_bytes(steps, files), again) + walk.kept_bytes, walk.walked_bytes + peak)
+
+
+def _before_blocks(claims: Sequence[Claim], walk: WalkPlan) -> set[str]:
+    """The tensors that computing the first block's inputs reads, the decoder's last norm with them."""
+    decoder = {claim.tensor.name for members in decoder_blocks(claims).values() for claim in members}
+    return {
+        claim.tensor.name
+        for claim in claims
+        if claim.tensor.name not in decoder
+        and claim.role.kind != "lm_head"
+        and (walk.calibration.images is not None or not in_block(claim))
+    }
 
 
 def _walk_steps(claims: Sequence[Claim]) -> list[Step]:
-    """Embedding; then each block, while the next one is read."""
+    """Each block, while the next one is read."""
     blocks = decoder_blocks(claims)
     numbers = sorted(blocks)
     reads = [{claim.tensor.name for claim in blocks[number]} for number in numbers]
     written = [
         sum(claim.result_bytes for claim in blocks[number] if claim.scheme is not None) for number in numbers
     ]
-    embedding = {claim.tensor.name for claim in claims if claim.role.kind == "embedding"}
-    steps = [Step(embedding, 0)]
-    for at, size in enumerate(written):
-        steps.append(Step(set[str]().union(*reads[at : at + 2]), size))
-    return steps
+    return [Step(set[str]().union(*reads[at : at + 2]), size) for at, size in enumerate(written)]

@@ -20,6 +20,7 @@ from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source, let_go
 from compressor.device import collect_memory, pick_device, return_freed_memory
 from compressor.errors import CheckpointError
+from compressor.model.families import block_index
 from compressor.progress import Progress
 from compressor.stages.ahead import compile_ahead
 from compressor.stages.base import Claim, needs_calibration, needs_data, needs_range
@@ -93,6 +94,8 @@ def walk_stage(
     """
     compile_ahead(claims)
     return_freed_memory()
+    if evict:
+        _let_go_blocks(source, claims)
     shown = calibration_tokens(source, calibration, folder, progress)
     resumed = walk(source, claims, shown.ids_NT, spec, folder, progress, prompts=shown.prompts, evict=evict)
     collect_memory()
@@ -159,7 +162,7 @@ def walk(
             first = streams.begin(len(batches) + len(prompts), done.index(False))
             _forget_broken(folder, done)
             finished = WalkedTensors(folder)
-            _let_go(source, tape, first, evict)
+            _let_go(source, tape, range(first, len(by_block))[:2], evict)  # not the last norm's file
             for index, block in _loaded(tape, range(first, len(by_block)), spec):
                 work = BlockWalk(
                     source,
@@ -182,7 +185,7 @@ def walk(
                     if batches and index + 1 < len(by_block):
                         work.advance()
                         streams.keep(index + 1)
-                _let_go(source, tape, index + 1, evict)
+                _let_go(source, tape, range(index + 1, len(by_block)), evict)
         streams.discard()
     _warn_of_fallbacks(folder, progress)
     _warn_of_unlearned(folder, progress)
@@ -200,10 +203,15 @@ def _begin(folder: Path, by_block: Sequence[Sequence[Claim]], progress: Progress
     return done
 
 
-def _let_go(source: Source, tape: Tape, first: int, evict: bool) -> None:
-    """Frees the disk of what was fetched for other blocks than those from ``first`` on, if asked to."""
+def _let_go_blocks(source: Source, claims: Sequence[Claim]) -> None:
+    """Frees the disk of what a killed run fetched of blocks, beside which others would be fetched first."""
+    let_go(source, {claim.tensor.name for claim in claims if block_index(claim.tensor.name) is None})
+
+
+def _let_go(source: Source, tape: Tape, still_read: range, evict: bool) -> None:
+    """Frees the disk of what was fetched for other blocks than these, if asked to."""
     if evict:
-        let_go(source, {name for index in range(first, len(tape.blocks)) for name in tape.tensors(index)})
+        let_go(source, {name for index in still_read for name in tape.tensors(index)})
 
 
 def _batches(claims: Sequence[Claim], ids_NT: torch.Tensor, most_tokens: int) -> Sequence[torch.Tensor]:
