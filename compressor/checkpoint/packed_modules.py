@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compressor.model.decode import QuantizedWeights
 
 _CODES = ("weight_packed", "weight")
+_OF_PACKED = (".weight_packed", ".weight_shape", ".weight_zero_point")
 _ONE_VALUE = ("weight_global_scale", "weight_scale_2")
 # What activations are rounded with: no part of the weight.
 _INPUTS = ("input_scale", "input_global_scale", "input_zero_point", "output_scale", "output_zero_point")
@@ -69,6 +70,15 @@ def module_layout(
     named = ", ".join(formats)
     if weights.dialect == "modelopt":
         return Layout(tensors, kv, f"ModelOpt {named}")
+    # Codes in words of 32 bits: their dtype does not tell that they are no plain tensor.
+    lost = (name for name in headers if name.endswith(_OF_PACKED))
+    for module, _, leaf in (name.rpartition(".") for name in lost):
+        if f"{module}.weight" not in tensors:
+            raise CheckpointError(
+                f"tensor {module}.{leaf} belongs to a quantized module, whose weight_scale is missing",
+                where=where,
+                fix="fetch the checkpoint again",
+            )
     schemes = {f"{module}.weight": weights.scheme(module) for module in weights.modules}
     return Layout(tensors, kv, f"compressed-tensors {named}", schemes)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from compressor.checkpoint.base import fetched_files, let_go
 from compressor.checkpoint.dequantized import DequantizedSource
@@ -266,12 +266,12 @@ def test_fp8_blocks_that_end_early(chunk: int, tmp_path: Path, monkeypatch: pyte
     assert source.note.endswith("; its KV-cache scales are left out")
 
 
-class _Largest(TorchDispatchMode):
+class _Largest(TorchFunctionMode):
     """Notes the most values of any tensor that is made."""
 
     values = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         self.values = max(self.values, made.numel() if isinstance(made, torch.Tensor) else 0)
         return made
@@ -284,7 +284,8 @@ def test_fp8_blocks_larger_than_the_matrix(block: tuple[int, int], tmp_path: Pat
     factor = torch.rand(-(-48 // block[0]), -(-40 // block[1])) + 0.5
     described = {"quant_method": "fp8", "weight_block_size": list(block)}
     folder = _write(tmp_path / "m", described, {"a.weight": codes_OI, "a.weight_scale_inv": factor})
-    with _Largest() as largest:
+    largest = _Largest()
+    with largest:
         found = _read(folder, "a.weight")
     assert largest.values == 48 * 40
     assert torch.equal(found, (codes_OI.float() * factor).bfloat16())
@@ -469,6 +470,7 @@ def _put(leaf: str, tensor: torch.Tensor) -> Callable[[Tensors], Any]:
 @pytest.mark.parametrize(
     "preset, spoil, message",
     [
+        ("W4A16", _drop("weight_scale"), "weight_scale is missing"),
         ("W4A16", _drop("weight_packed"), "q_proj.weight_packed is missing"),
         ("W4A16", _drop("weight_shape"), "q_proj.weight_shape is missing"),
         ("W4A16", _put("weight_shape", torch.tensor([128])), r"weight_shape is I64 \[1\]"),
