@@ -81,6 +81,7 @@ class FetchedSource(Protocol):
     Attributes:
         homes: tensor -> the file that it lies in.
         file_bytes: size of each of these files.
+        held_bytes: what of them is on the disk now.
     """
 
     @property
@@ -90,6 +91,11 @@ class FetchedSource(Protocol):
 
     @property
     def file_bytes(self) -> Mapping[str, int]:
+        """See above."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
         """See above."""
         ...
 
@@ -126,10 +132,12 @@ class FetchedFiles:
     Attributes:
         homes: tensor -> the files that are read for it.
         file_bytes: size of each file.
+        held_bytes: what of them is on the disk now.
     """
 
     homes: Mapping[str, Collection[str]]
     file_bytes: Mapping[str, int]
+    held_bytes: int
 
 
 def fetched_files(source: Source) -> FetchedFiles | None:
@@ -142,9 +150,10 @@ def fetched_files(source: Source) -> FetchedFiles | None:
             name: {file for stored in source.stored_names(name) for file in inner.homes[stored]}
             for name in source.headers
         }
-        return FetchedFiles(homes, inner.file_bytes)
+        return FetchedFiles(homes, inner.file_bytes, inner.held_bytes)
     if isinstance(source, FetchedSource):
-        return FetchedFiles({name: (file,) for name, file in source.homes.items()}, source.file_bytes)
+        homes = {name: {file} for name, file in source.homes.items()}
+        return FetchedFiles(homes, source.file_bytes, source.held_bytes)
     return None
 
 

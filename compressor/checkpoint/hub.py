@@ -112,21 +112,21 @@ class HubSource:
         shard = self.homes[name]
         return read_tensor(self._shard(shard), self.headers[name], self._files[shard].offsets[name], index)
 
+    @property
+    def held_bytes(self) -> int:
+        """See ``FetchedSource``."""
+        return sum(path.stat().st_size for path in {path.resolve() for path in self._cached().values()})
+
     def keep_only(self, names: Set[str]) -> None:
         """See ``FetchedSource``: removes shards from the cache, those that an earlier run left there too."""
-        from huggingface_hub import try_to_load_from_cache
-
         kept = {self.homes[name] for name in names if name in self.homes}
         with self._evicting:
-            found = {}
-            for shard in self._files:
-                path = try_to_load_from_cache(**self._place(shard))
-                if isinstance(path, str):
-                    found[shard] = Path(path)
+            found = self._cached()
             # Shards of the same bytes are links to one file.
             used = {path.resolve() for shard, path in found.items() if shard in kept}
             for shard in found.keys() - kept:
                 self._local.pop(shard, None)
+                self._checked(shard).unlink(missing_ok=True)
                 stored = found[shard].resolve()
                 assert self._cache is not None
                 assert stored.is_relative_to(self._cache.resolve()), f"{stored} is not in the cache"
@@ -167,19 +167,36 @@ class HubSource:
             self._local[shard] = path
         return self._local[shard]
 
+    def _cached(self) -> dict[str, Path]:
+        """The shards that are in the cache, and where."""
+        from huggingface_hub import try_to_load_from_cache
+
+        if self._cache is None:
+            return {}
+        found = {shard: try_to_load_from_cache(**self._place(shard)) for shard in self._files}
+        return {shard: Path(path) for shard, path in found.items() if isinstance(path, str)}
+
+    def _checked(self, name: str) -> Path:
+        """A file that is there once the download ``name`` has been checked; a kill may come in between."""
+        assert self._cache is not None
+        told = hashlib.sha256(f"{self._repo} {self._commit} {name}".encode()).hexdigest()
+        return self._cache / "checked" / told
+
     def _download(self, name: str) -> Path:
-        """The file ``name`` in the cache, fetched and checked by sha256 if it was not there."""
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        """The file ``name`` in the cache, fetched if it was not there, and checked once by sha256."""
+        from huggingface_hub import hf_hub_download
 
         assert self._cache is not None, "a source opened for planning is not read"
         place = self._place(name)
         with _told(self._repo, self._commit):
-            known = try_to_load_from_cache(**place)
             path = Path(hf_hub_download(**place))
         # The cache links snapshots/<commit>/<name> to blobs/<hash> of the same repository.
         assert path.resolve().is_relative_to(self._cache.resolve()), f"{path} leads out of the cache"
-        if not isinstance(known, str) and name in self._sha256:
+        checked = self._checked(name)
+        if name in self._sha256 and not checked.exists():
             _check_sha256(path.resolve(), self._sha256[name])
+            checked.parent.mkdir(parents=True, exist_ok=True)
+            checked.touch()
         return path
 
     def _place(self, name: str) -> dict[str, Any]:

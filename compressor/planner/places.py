@@ -8,6 +8,7 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 
 from compressor import data
+from compressor.checkpoint.base import Source, fetched_files
 from compressor.errors import UserError
 from compressor.evals.base import EvalSpec
 from compressor.planner.predict import Prediction
@@ -75,10 +76,20 @@ def check_places(output: Path, workspace: Path, source: Path | None, faults: lis
 
 
 def check_disk(
-    prediction: Prediction, output: Path, space: Workspace, own: Set[str], faults: list[UserError]
+    prediction: Prediction,
+    source: Source,
+    output: Path,
+    space: Workspace,
+    own: Set[str],
+    faults: list[UserError],
 ) -> None:
-    """What the plan will write against what is free; what this plan's ``own`` stages hold already counts."""
+    """What the plan will write against what is free.
+
+    What is there already counts: what this plan's ``own`` stages hold, and what was fetched of the source.
+    """
+    files = fetched_files(source)
     held = sum(entry.nbytes for entry in space.entries() if entry.path.name in own)
+    held += 0 if files is None else files.held_bytes
     needs = {existing(space.root): prediction.disk_bytes - held}
     target = existing(output)
     if os.stat(target).st_dev != os.stat(existing(space.root)).st_dev:

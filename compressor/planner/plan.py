@@ -170,7 +170,7 @@ def make_plan(
         evicts=evicts,
     )
     if not planning:
-        check_disk(prediction, output, space, _own_stages(plan), faults)
+        check_disk(prediction, source, output, space, _own_stages(plan), faults)
     if faults:
         raise PlanError(_placed(faults, loaded))
     return plan

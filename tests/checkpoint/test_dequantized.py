@@ -224,6 +224,7 @@ class _Fetched(FolderSource):
         super().__init__(folder, label="fetched", quantized=True)
         self.homes = {name: f"{name}.file" for name in self.headers}
         self.file_bytes = {f"{name}.file": header.nbytes for name, header in self.headers.items()}
+        self.held_bytes = 7
         self.kept: set[str] = set()
 
     def keep_only(self, names: Set[str]) -> None:
@@ -244,6 +245,7 @@ def test_what_is_fetched_for_a_tensor_is_known_and_let_go(tmp_path: Path) -> Non
     assert files is not None
     assert set(files.homes[name]) == {f"{part}.file" for part in parts}
     assert files.file_bytes == stored.file_bytes
+    assert files.held_bytes == 7
     let_go(source, {name})
     assert stored.kept == parts
     let_go(source, {"model.norm.weight"})

@@ -209,6 +209,24 @@ def test_wrong_sha256(hub: FakeHub, tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "cache").rglob("*.safetensors") if path.exists()]
 
 
+def test_a_download_that_a_kill_left_unchecked(hub: FakeHub, model: Path, tmp_path: Path) -> None:
+    """It is checked when it is found; one that was checked is not read again. Its bytes count as held."""
+    code = "s = open_source(repo, cache=cache); s.read('lm_head.weight'); print(s.held_bytes)"
+    cache = tmp_path / "cache"
+    first = call(hub.url, cache, code)
+    (shard,) = [path for path in cache.rglob("*.safetensors") if path.exists()]
+    assert int(first) == shard.stat().st_size
+    blob = shard.resolve()
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    assert call(hub.url, cache, code) == first
+    (checked,) = (cache / "checked").iterdir()
+    checked.unlink()
+    assert "wrong sha256" in call(hub.url, cache, code)
+    assert not blob.exists()
+
+
 def test_unsound_repositories(hub: FakeHub, tmp_path: Path) -> None:
     """Missing shards, pickles only and quantized weights are refused as in a folder."""
     shard = hub.folder / "model-00002-of-00002.safetensors"

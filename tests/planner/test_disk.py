@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -14,8 +17,10 @@ from compressor.model.families import family_for
 from compressor.planner.claims import claim_tensors
 from compressor.planner.disk import Step, bounded, peak_bytes
 from compressor.planner.layout import group_units, pack_shards
+from compressor.planner.places import check_disk
 from compressor.planner.predict import predict
 from compressor.recipe.model import WeightsSection
+from compressor.workspace import Workspace
 
 from .fakes import LLAMA, llama_headers
 
@@ -38,13 +43,14 @@ SIZES = {"one": 100, "two": 200, "three": 400}
 def test_files_lie_there_from_the_first_read_to_the_last(steps: list[Step], peak: int) -> None:
     """Of every step: the files that it or a later one reads and an earlier one read, and what is written."""
     homes = {name: (file,) for name, file in HOMES.items()}
-    assert peak_bytes(steps, FetchedFiles(homes, SIZES)) == peak
+    assert peak_bytes(steps, FetchedFiles(homes, SIZES, 0)) == peak
 
 
 @dataclass
 class _Fetched:
     homes: dict[str, str] = field(default_factory=dict)
     file_bytes: dict[str, int] = field(default_factory=dict)
+    held_bytes: int = 0
 
     def keep_only(self, names: object) -> None:
         """Nothing is there."""
@@ -86,3 +92,24 @@ def test_a_bound_between_the_whole_and_a_part(local: bool) -> None:
     assert "though of the source only what is being read lies there" in fault.what
     (fault,) = within(least, "evaluate")[2]
     assert "evaluate needs the whole source on the disk" in fault.what
+
+
+def test_what_was_fetched_before_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1000 bytes are needed, 600 of which lie there: 400 more fit into 450, a new run does not."""
+    headers = llama_headers(layers=1)
+    weights = WeightsSection.model_validate({"scheme": "nvfp4a16"})
+    claims = claim_tensors(headers, LLAMA, family_for(LLAMA), weights, DIALECTS["compressed-tensors"])
+    needed = replace(predict(claims, group_units(claims), LLAMA, 0), disk_bytes=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=450))
+
+    def faults(held_bytes: int) -> list[UserError]:
+        found: list[UserError] = []
+        source = cast("Source", _Fetched(held_bytes=held_bytes))
+        check_disk(needed, source, tmp_path / "out", Workspace(tmp_path / "w"), frozenset(), found)
+        return found
+
+    assert faults(600) == []
+    (fault,) = faults(0)
+    assert "MB more of disk" in fault.what
