@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.dequantized import DequantizedSource
+from compressor.checkpoint.layout import stated_quantization
 from compressor.checkpoint.packed import Packed, check_finite
 from compressor.errors import CheckpointError
 from compressor.spec import TensorHeader
@@ -70,6 +71,11 @@ class KeptSource(DequantizedSource):
                 f"model.from: keep carries compressed-tensors weights; this source is {layout.described}",
                 where=self.label,
                 fix=_FIX,
+            )
+        description = stated_quantization(stored.config)
+        if isinstance(description, dict) and description.get("kv_cache_scheme"):
+            raise CheckpointError(
+                "model.from: keep does not carry a kv_cache_scheme", where=self.label, fix=_FIX
             )
         if layout.dropped:
             name = min(layout.dropped)

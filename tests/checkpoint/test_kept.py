@@ -76,3 +76,17 @@ def test_modelopt_is_refused(tmp_path: Path) -> None:
     save_file(codes | scales, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"(?s)this source is ModelOpt FP8.*model.from: dequantize"):
         open_source(str(tmp_path), from_="keep")
+
+
+def test_a_quantized_kv_cache_is_refused(tmp_path: Path) -> None:
+    """What engines would do with the cache is not lost without a word."""
+    plain = tiny_llama(tmp_path / "plain", hidden=128, intermediate=192, layers=1)
+    compress_folder(plain, tmp_path / "packed", PRESETS[0])
+    place = tmp_path / "packed" / "config.json"
+    config = json.loads(place.read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    place.write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"(?s)does not carry a kv_cache_scheme.*model.from: dequantize"
+    ):
+        open_source(str(tmp_path / "packed"), from_="keep")
