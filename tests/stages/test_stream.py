@@ -190,6 +190,7 @@ class _Fetched(_Counting):
         super().__init__(source)
         self.homes = {name: name for name in source.headers}
         self.file_bytes = {name: header.nbytes for name, header in source.headers.items()}
+        self.held_bytes = 0
         self.kept: list[set[str]] = []
         self.finished: list[int] = []
         self.folder = Path()
