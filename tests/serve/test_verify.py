@@ -62,13 +62,11 @@ EMULATED = [
     ("llama", "nvfp4a16", "compressed-tensors"),
     ("llama", "nvfp4a16", "modelopt"),
     ("llama", "mxfp4", "compressed-tensors"),
-    ("llama", "fp8_dynamic", "modelopt"),
+    pytest.param("llama", "fp8_dynamic", "modelopt", marks=pytest.mark.slow),
     ("mixtral", "nvfp4a16", "compressed-tensors"),
-    ("deepseek_v3", "nvfp4a16", "compressed-tensors"),
     *(
         pytest.param(family, "nvfp4a16", "compressed-tensors", marks=pytest.mark.slow)
         for family in PREDICTING
-        if family != "deepseek_v3"
     ),
 ]
 
