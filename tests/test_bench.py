@@ -121,7 +121,7 @@ def test_a_failure_is_told_by_the_line_that_names_the_exception() -> None:
 @pytest.mark.parametrize(
     ("told", "kept"),
     [
-        ("see /home/me/out/error-1.log for more", "see error-1.log for more"),
+        ("see /runs/out/error-1.log for more", "see error-1.log for more"),
         ("/data/models/tiny", "tiny"),
         ("calibration/heldout.jsonl", "calibration/heldout.jsonl"),
         (
