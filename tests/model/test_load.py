@@ -15,7 +15,7 @@ from compressor.checkpoint.folder import FolderSource
 from compressor.checkpoint.gguf import GgufSource
 from compressor.errors import CheckpointError
 from compressor.model.decode import StoredWeights
-from compressor.model.families.llama4 import Llama4Family
+from compressor.model.families.llama4 import LLAMA4
 from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer, set_dtype
 from compressor.model.quiet import quiet
 from compressor.schemes import parse_scheme
@@ -79,7 +79,7 @@ def test_stored_scales_of_activations_are_used_in_forward(preset: str, kind: str
 def _experts(source: Path) -> list[tuple[str, Any]]:
     """The fused tensors of a Llama 4 folder and their parts."""
     opened = FolderSource(source)
-    family = Llama4Family()
+    family = LLAMA4
     roles = {header.name: family.role(header, opened.config) for header in opened.headers.values()}
     return [(name, role.parts) for name, role in roles.items() if len(role.parts) > 1]
 

@@ -16,10 +16,10 @@ from compressor.model.families.deepseek import DEEPSEEK
 from compressor.model.families.deepseek_v4 import DeepseekV4Family
 from compressor.model.families.ends import embedding_problem, tied
 from compressor.model.families.generic import GenericFamily
-from compressor.model.families.gpt_oss import GptOssFamily
+from compressor.model.families.gpt_oss import GPT_OSS
 from compressor.model.families.jamba import JAMBA
 from compressor.model.families.llama import LlamaFamily
-from compressor.model.families.llama4 import Llama4Family
+from compressor.model.families.llama4 import LLAMA4
 from compressor.model.families.mixtures import GLM4_MOE, MIXTRAL, QWEN_MOE
 from compressor.model.families.naming import block_index, is_wrapper, member_rows, text_config
 from compressor.model.families.qwen3_next import QWEN3_NEXT
@@ -43,7 +43,7 @@ _NEEDED = ("name", "model_types", "inferred", "renamed", "role")
 
 BUILTINS: tuple[Family, ...] = (
     LlamaFamily(),
-    Llama4Family(),
+    LLAMA4,
     MIXTRAL,
     QWEN_MOE,
     QWEN3_NEXT,
@@ -51,7 +51,7 @@ BUILTINS: tuple[Family, ...] = (
     DEEPSEEK,
     JAMBA,
     QwenVlFamily(),
-    GptOssFamily(),
+    GPT_OSS,
     DeepseekV4Family(),
 )
 

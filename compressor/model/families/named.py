@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from compressor.model.families.experts import fused_experts
 from compressor.model.families.naming import common_role, whole
@@ -22,6 +22,8 @@ class NamedFamily:
         kept: (pattern of tensor names, why such a tensor stays in 16 bit); the first match tells.
         norm: the name of a tensor -> the norm that feeds it.
         by_rule_only: (pattern, why) of projections that stay in 16 bit unless the recipe's rules name them.
+        fused: how experts that lie in one 3-D tensor are taken out of it: outputs in ``rows``, outputs in
+            ``columns``, or not at all: they are ``kept``.
     """
 
     name: str
@@ -30,6 +32,7 @@ class NamedFamily:
     kept: tuple[tuple[re.Pattern[str], str], ...]
     norm: Callable[[str], InputNorm | None]
     by_rule_only: tuple[tuple[re.Pattern[str], str], ...] = ()
+    fused: Literal["rows", "columns", "kept"] = "rows"
     renamed: bool = False
     inferred: str = ""
 
@@ -42,7 +45,9 @@ class NamedFamily:
         common = common_role(header, config)
         if common is not None:
             return common
-        parts = fused_experts(header, transposed=False)
+        parts = None
+        if self.fused != "kept":
+            parts = fused_experts(header, transposed=self.fused == "columns")
         if parts is None and len(header.shape) == 2 and self.projections.search(header.name):
             parts = (whole(header, header.name.removesuffix(".weight")),)
         if parts is not None:
