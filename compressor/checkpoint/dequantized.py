@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.base import Kind, Source
@@ -14,6 +13,7 @@ from compressor.checkpoint.packed_fp8 import fp8_layout
 from compressor.checkpoint.packed_modules import module_layout
 from compressor.checkpoint.packed_mxfp4 import mxfp4_layout
 from compressor.checkpoint.safetensors_file import torch_dtype
+from compressor.checkpoint.wrapping import Wrapping
 from compressor.errors import CheckpointError
 from compressor.model.unfused import Fused, fused_experts
 from compressor.spec import TensorHeader
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-class DequantizedSource:
+class DequantizedSource(Wrapping):
     """A quantized source with its weights decoded to bfloat16, tensor by tensor, under their plain names.
 
     Attributes as ``Source`` describes them. ``config`` has no ``quantization_config``; scales are no tensors
@@ -44,7 +44,7 @@ class DequantizedSource:
     """
 
     def __init__(self, stored: Source, *, how: str = "dequantize") -> None:
-        self.inner: Source = stored
+        self.inner = stored
         self.kind: Kind = "headers" if stored.kind == "headers" else "dequantized"
         self.label, self.revision, self.license = stored.label, stored.revision, stored.license
         self._layout = layout = _layout_of(stored, how).checked(stored.headers)
@@ -76,18 +76,6 @@ class DequantizedSource:
             return set[str]().union(*(self.stored_names(f"{part.module}.weight") for part in parts))
         packed = self._layout.tensors.get(name)
         return {name} if packed is None else {*packed.parts.values(), *packed.beside}
-
-    def write_side_files(self, folder: Path) -> list[str]:
-        """As the source itself."""
-        return self.inner.write_side_files(folder)
-
-    def model_dir(self) -> Path | None:
-        """The folder of the source, where its tokenizer lies; its weights are quantized there."""
-        return self.inner.model_dir()
-
-    def gguf_file(self) -> str | None:
-        """None: the weights are safetensors."""
-        return None
 
     def _read_fused(self, fused: Fused, index: int | None) -> torch.Tensor:
         """Experts that are stored one by one, or one of them as it lies in the fused tensor."""

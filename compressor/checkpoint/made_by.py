@@ -10,10 +10,10 @@ import hashlib
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.base import Kind, Source
+from compressor.checkpoint.wrapping import Wrapping
 from compressor.errors import UserError
 from compressor.spec import TensorHeader
 
@@ -30,7 +30,7 @@ _NOT_ARGUMENTS = frozenset(
 )
 
 
-class FactorySource:
+class FactorySource(Wrapping):
     """A source whose model is made by ``factory``; all else is that of the folder or repository.
 
     Args:
@@ -42,7 +42,7 @@ class FactorySource:
     def __init__(self, inner: Source, factory: str, *, allowed: bool) -> None:
         self.factory = factory
         self.allowed = allowed
-        self.inner: Source = inner
+        self.inner = inner
         self.label: str = inner.label
         self.kind: Kind = inner.kind
         self.revision: str | None = inner.revision
@@ -61,18 +61,6 @@ class FactorySource:
     def stored_names(self, name: str) -> Collection[str]:
         """The tensor itself."""
         return (name,)
-
-    def write_side_files(self, folder: Path) -> list[str]:
-        """See ``Source.write_side_files``."""
-        return self.inner.write_side_files(folder)
-
-    def model_dir(self) -> Path | None:
-        """See ``Source.model_dir``."""
-        return self.inner.model_dir()
-
-    def gguf_file(self) -> str | None:
-        """None."""
-        return None
 
 
 def allowed_factory(source: Source) -> str | None:
