@@ -1,0 +1,96 @@
+"""What a KV-cache codec and a KV-cache format are. Nothing here imports torch when it is imported: plans need it.
+
+Legend: B sequences, H KV heads, T tokens, D head_dim, S bytes of a slot.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Tier = Literal["vllm", "own", "research"]
+"""Who can serve a format: vLLM 0.32 with a launch flag; our own cache; our own cache with fitted transforms."""
+
+
+class KvCodec(ABC):
+    """How the keys, or the values, of one layer are stored: a slot of bytes for each token and KV head.
+
+    A slot depends on its own token only, so that a cache can be written token by token. What was fitted to a
+    layer (scales, rotations, codebooks) belongs to the codec, not to the slots; its bytes do not grow with the
+    number of tokens.
+
+    Attributes:
+        kind: the codec's name in ``kv_plan.json``.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def slot_bytes(self, head_dim: int) -> int:
+        """Bytes of one token in one KV head, scales and norms included."""
+
+    @abstractmethod
+    def encode(self, x_BHTD: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, T, S] of float keys or values [B, H, T, D], on their device."""
+
+    @abstractmethod
+    def decode(self, slots_BHTS: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """[B, H, T, D] in ``dtype`` of what ``encode`` made."""
+
+    def problem(self, head_dim: int) -> str | None:
+        """Why heads of this size cannot be stored so, in words for the user; None where they can."""
+        del head_dim
+        return None
+
+    def options(self) -> Mapping[str, Any]:
+        """What makes the codec again, but for ``tensors``: plain JSON values, arguments of its class."""
+        return {}
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """What was fitted, by name; arguments of its class too. Empty for codecs that are not fitted."""
+        return {}
+
+
+@dataclass(frozen=True)
+class KvFormat:
+    """A codec for the keys and one for the values.
+
+    Attributes:
+        name: in recipes; vLLM's own ``--kv-cache-dtype`` where ``tier`` is ``vllm``.
+        tier: who can serve it.
+        key_bytes: head_dim -> bytes of the key slot.
+        value_bytes: head_dim -> bytes of the value slot.
+        make: () -> the codecs of keys and of values; for formats that are fitted, None.
+        power_of_two: whether head_dim must be a power of two.
+        skips_ends: how many of the first and as many of the last attention layers vLLM keeps in 16 bit where the
+            model is dense (not a hybrid), whatever its flags say.
+        note: a sentence for plan and card.
+    """
+
+    name: str
+    tier: Tier
+    key_bytes: Callable[[int], int]
+    value_bytes: Callable[[int], int]
+    make: Callable[[], tuple[KvCodec, KvCodec]] | None
+    power_of_two: bool = False
+    skips_ends: int = 0
+    note: str = ""
+
+    def slot_bytes(self, head_dim: int) -> int:
+        """Bytes of one token in one KV head, keys and values, scales and norms included."""
+        return self.key_bytes(head_dim) + self.value_bytes(head_dim)
+
+    def bits(self, head_dim: int) -> float:
+        """Bits of one element, over keys and values, scales and norms included."""
+        return 8 * self.slot_bytes(head_dim) / (2 * head_dim)
+
+    def problem(self, head_dim: int) -> str | None:
+        """Why heads of this size cannot be stored so; None where they can."""
+        if self.power_of_two and head_dim & (head_dim - 1):
+            return f"{self.name} rotates heads by a Hadamard matrix, and head_dim {head_dim} is no power of two"
+        return None
