@@ -1,4 +1,4 @@
-"""What a KV-cache codec and a KV-cache format are. Nothing here imports torch when it is imported: plans need it.
+"""What a codec and a format of the KV cache are. Importing this does not import torch: plans need it.
 
 Legend: B sequences, H KV heads, T tokens, D head_dim, S bytes of a slot.
 """
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     import torch
 
 Tier = Literal["vllm", "own", "research"]
-"""Who can serve a format: vLLM 0.32 with a launch flag; our own cache; our own cache with fitted transforms."""
+"""Who serves a format: vLLM 0.32 with a launch flag; our own cache; the same with fitted transforms."""
 
 
 class KvCodec(ABC):
     """How the keys, or the values, of one layer are stored: a slot of bytes for each token and KV head.
 
-    A slot depends on its own token only, so that a cache can be written token by token. What was fitted to a
-    layer (scales, rotations, codebooks) belongs to the codec, not to the slots; its bytes do not grow with the
-    number of tokens.
+    A slot depends on its own token only, so that a cache can be written token by token. What was fitted to
+    a layer (scales, rotations, codebooks) belongs to the codec, not to the slots: its bytes do not grow with
+    the number of tokens.
 
     Attributes:
         kind: the codec's name in ``kv_plan.json``.
@@ -67,8 +67,8 @@ class KvFormat:
         value_bytes: head_dim -> bytes of the value slot.
         make: () -> the codecs of keys and of values; for formats that are fitted, None.
         power_of_two: whether head_dim must be a power of two.
-        skips_ends: how many of the first and as many of the last attention layers vLLM keeps in 16 bit where the
-            model is dense (not a hybrid), whatever its flags say.
+        skips_ends: how many of the first, and as many of the last, attention layers vLLM keeps in 16 bit
+            where the model is dense (not a hybrid), whatever its flags say.
         note: a sentence for plan and card.
     """
 
@@ -92,5 +92,5 @@ class KvFormat:
     def problem(self, head_dim: int) -> str | None:
         """Why heads of this size cannot be stored so; None where they can."""
         if self.power_of_two and head_dim & (head_dim - 1):
-            return f"{self.name} rotates heads by a Hadamard matrix, and head_dim {head_dim} is no power of two"
+            return f"{self.name} needs a head_dim that is a power of two (Hadamard rotation), not {head_dim}"
         return None
