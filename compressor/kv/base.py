@@ -67,6 +67,7 @@ class KvFormat:
         value_bytes: head_dim -> bytes of the value slot.
         make: () -> the codecs of keys and of values; for formats that are fitted, None.
         power_of_two: whether head_dim must be a power of two.
+        multiple_of: what must divide head_dim, so that codes fill whole bytes and blocks.
         skips_ends: how many of the first, and as many of the last, attention layers vLLM keeps in 16 bit
             where the model is dense (not a hybrid), whatever its flags say.
         note: a sentence for plan and card.
@@ -78,6 +79,7 @@ class KvFormat:
     value_bytes: Callable[[int], int]
     make: Callable[[], tuple[KvCodec, KvCodec]] | None
     power_of_two: bool = False
+    multiple_of: int = 1
     skips_ends: int = 0
     note: str = ""
 
@@ -93,4 +95,6 @@ class KvFormat:
         """Why heads of this size cannot be stored so; None where they can."""
         if self.power_of_two and head_dim & (head_dim - 1):
             return f"{self.name} needs a head_dim that is a power of two (Hadamard rotation), not {head_dim}"
+        if head_dim % self.multiple_of:
+            return f"{self.name} needs a head_dim that is a multiple of {self.multiple_of}, not {head_dim}"
         return None
