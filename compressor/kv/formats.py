@@ -86,10 +86,10 @@ def _int4_token_head() -> Made:
     return Int4TokenHeadCodec(), Int4TokenHeadCodec()
 
 
-def _nvfp4_codecs() -> Made:
+def _nvfp4_codecs(four_over_six: bool) -> Made:
     from compressor.kv.nvfp4 import Nvfp4Codec
 
-    return Nvfp4Codec(), Nvfp4Codec()
+    return Nvfp4Codec(four_over_six=four_over_six), Nvfp4Codec(four_over_six=four_over_six)
 
 
 def _vllm_turboquant(key_bits: int, value_bits: int) -> Made:
@@ -174,9 +174,17 @@ def _vllm_formats() -> tuple[KvFormat, ...]:
             "nvfp4",
             "vllm",
             *_both(_nvfp4),
-            make=_nvfp4_codecs,
+            make=partial(_nvfp4_codecs, False),
             multiple_of=NVFP4_BLOCK,
             note="e2m1 in blocks of 16 with e4m3 scales",
+        ),
+        KvFormat(
+            "nvfp4_4over6",
+            "vllm",
+            *_both(_nvfp4),
+            make=partial(_nvfp4_codecs, True),
+            multiple_of=NVFP4_BLOCK,
+            note="nvfp4 with the better of two scales for each block",
         ),
         _preset("turboquant_k8v4", 8, 4, "e4m3 keys, 4-bit min-max values"),
         _preset("turboquant_4bit_nc", 4, 4, "rotated 4-bit codebook keys, 4-bit min-max values"),

@@ -21,6 +21,7 @@ SLOT_BYTES = {
     "int8_per_token_head": (136, 264, 520),
     "int4_per_token_head": (72, 136, 264),
     "nvfp4": (72, 144, 288),
+    "nvfp4_4over6": (72, 144, 288),
     "turboquant_k8v4": (100, 196, 388),
     "turboquant_4bit_nc": (70, 134, 262),
     "turboquant_k3v4_nc": (62, 118, 230),
