@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -98,3 +98,13 @@ class KvFormat:
         if head_dim % self.multiple_of:
             return f"{self.name} needs a head_dim that is a multiple of {self.multiple_of}, not {head_dim}"
         return None
+
+
+class CountedCache(Protocol):
+    """A transformers cache that knows its size: what evaluation sees of ``PackedCache``."""
+
+    def nbytes(self) -> int:
+        """Bytes of everything held."""
+
+    def peak_nbytes(self) -> int:
+        """Bytes allocated, and what the largest step read decoded."""
