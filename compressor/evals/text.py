@@ -1,19 +1,18 @@
 """Perplexity, KL and top-1 agreement of a result against its source on one text.
 
-Legend: T tokens of the text or of a window, P scored positions of a window, V vocabulary, W windows.
+Legend: T tokens of the text or of a window, P scored positions of a window, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from math import exp, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import TextResult
 from compressor.evals.head import LogitsAt, logits_at, plain_head
+from compressor.evals.windows import Window, check_finite, summary
 from compressor.model.quiet import quiet
 
 if TYPE_CHECKING:
@@ -26,21 +25,8 @@ if TYPE_CHECKING:
 LOGIT_BYTES = 256 * 2**20
 LIVE_LOGITS = 5
 
-BOOTSTRAP_RESAMPLES = 2000
-
 # Characters that surely hold one token, so that a long text need not be tokenized to its end.
 CHARS_PER_TOKEN = 16
-
-
-@dataclass
-class _Window:
-    """Sums and values of one window: negative log-likelihoods in nats, KL [P] and agreeing positions."""
-
-    scored: int
-    nll_source: float
-    nll_result: float
-    kl_P: torch.Tensor
-    agree: int
 
 
 @quiet()
@@ -82,40 +68,24 @@ def compare_on_text(
         source_at = logits_at(source_model, read_T, plain=plain[0])
         result_at = logits_at(result_model, read_T, plain=plain[1])
         done.append(_compare_window(source_at, result_at, read_T, _vocabulary(source_model)))
-        _check_finite(done[-1], number)
+        check_finite(done[-1], number)
         progress.advance(len(window_T), f"window {number + 1} of {len(windows)}")
     progress.finish()
-    return _summary(done, tokens=sum(map(len, windows)), context=context, seed=seed)
+    return summary(done, tokens=sum(map(len, windows)), context=context, seed=seed)
 
 
-def _compare_window(
-    source_at: LogitsAt, result_at: LogitsAt, ids_T: torch.Tensor, vocabulary: int
-) -> _Window:
+def _compare_window(source_at: LogitsAt, result_at: LogitsAt, ids_T: torch.Tensor, vocabulary: int) -> Window:
     """One window, in chunks of positions so that the logits stay within ``LOGIT_BYTES``."""
     import torch
 
     chunk = max(1, LOGIT_BYTES // (LIVE_LOGITS * 4 * vocabulary))
-    nll = torch.zeros(2, dtype=torch.float64)
-    kl, agree = [], 0
+    window = Window()
     with torch.inference_mode():
         for positions_P in torch.split(torch.arange(len(ids_T) - 1), chunk):
             source_PV = source_at(positions_P).log_softmax(-1)
             result_PV = result_at(positions_P).to(source_PV.device).log_softmax(-1)
-            target_P1 = ids_T[positions_P + 1].to(source_PV.device)[:, None]
-            nll[0] -= source_PV.gather(1, target_P1).double().sum().cpu()
-            nll[1] -= result_PV.gather(1, target_P1).double().sum().cpu()
-            agree += int((source_PV.argmax(-1) == result_PV.argmax(-1)).sum())
-            kl.append(_kl(source_PV, result_PV).cpu())
-    return _Window(len(ids_T) - 1, float(nll[0]), float(nll[1]), torch.cat(kl), agree)
-
-
-def _kl(source_PV: torch.Tensor, result_PV: torch.Tensor) -> torch.Tensor:
-    """KL(source || result) [P] of log-probabilities; overwrites ``result_PV``."""
-    import torch
-
-    difference_PV = torch.sub(source_PV, result_PV, out=result_PV)
-    # Never negative but for rounding.
-    return (source_PV.exp() * difference_PV).sum(-1).clamp_min(0)
+            window.add(source_PV, result_PV, ids_T[positions_P + 1])
+    return window
 
 
 def _check_pair(source_model: PreTrainedModel, result_model: PreTrainedModel, context: int) -> None:
@@ -135,62 +105,6 @@ def _check_pair(source_model: PreTrainedModel, result_model: PreTrainedModel, co
 
 def _vocabulary(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
-
-
-def _check_finite(window: _Window, number: int) -> None:
-    for whose, nll in (("source", window.nll_source), ("result", window.nll_result)):
-        if not isfinite(nll):
-            raise CheckpointError(
-                f"the {whose}'s logits are NaN or infinite in window {number + 1} of the text",
-                fix="its weights or scales are broken, or it needs a wider dtype",
-            )
-
-
-def _summary(windows: list[_Window], *, tokens: int, context: int, seed: int) -> TextResult:
-    """The figures over all windows."""
-    import torch
-
-    scored = sum(window.scored for window in windows)
-    nll_source, nll_result = (
-        sum(getattr(window, f"nll_{whose}") for window in windows) for whose in ("source", "result")
-    )
-    kl_P = torch.cat([window.kl_P for window in windows]).double().sort().values
-    # The smallest value that 99.9% of the positions do not exceed.
-    rank = -(-999 * scored // 1000) - 1
-    return TextResult(
-        perplexity_source=exp(nll_source / scored),
-        perplexity_result=exp(nll_result / scored),
-        increase=exp((nll_result - nll_source) / scored) - 1,
-        increase_ci95=_bootstrap(windows, seed),
-        kl_mean=float(kl_P.mean()),
-        kl_p999=float(kl_P[rank]),
-        top1_agreement=sum(window.agree for window in windows) / scored,
-        tokens=tokens,
-        scored_tokens=scored,
-        context=context,
-        windows=len(windows),
-    )
-
-
-def _bootstrap(windows: list[_Window], seed: int) -> tuple[float, float] | None:
-    """95% percentile interval of the relative perplexity increase, windows resampled in pairs.
-
-    Tokens of one window depend on each other, windows hardly: so windows are drawn, not tokens (Efron and
-    Tibshirani 1993, chapter 13; moving blocks without overlap).
-    """
-    import torch
-
-    if len(windows) < 2:
-        return None
-    extra_W = torch.tensor([w.nll_result - w.nll_source for w in windows], dtype=torch.float64)
-    scored_W = torch.tensor([w.scored for w in windows], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    increases = torch.empty(BOOTSTRAP_RESAMPLES, dtype=torch.float64)
-    for resample in range(BOOTSTRAP_RESAMPLES):
-        drawn_W = torch.randint(len(windows), (len(windows),), generator=generator)
-        increases[resample] = torch.expm1(extra_W[drawn_W].sum() / scored_W[drawn_W].sum())
-    low, high = increases.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def tokens_from_text(tokenizer: PreTrainedTokenizerBase, path: Path, tokens: int | None) -> torch.Tensor:
