@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import TextResult
 from compressor.evals.head import LogitsAt, logits_at, plain_head
-from compressor.evals.windows import Window, check_finite, summary
+from compressor.evals.windows import Window, check_finite, split_windows, summary
 from compressor.model.quiet import quiet
 
 if TYPE_CHECKING:
@@ -55,23 +55,23 @@ def compare_on_text(
         UserError: fewer than two tokens in a window, or more than a model's positions.
         CheckpointError: the vocabularies differ, or a model's logits are NaN or infinite.
     """
-    import torch
 
-    _check_pair(source_model, result_model, context)
-    step = context - (first is not None)
-    windows = [window_T for window_T in torch.split(ids_T, step) if len(window_T) + (first is not None) > 1]
+    _check_pair(source_model, result_model)
+    for model in (source_model, result_model):
+        check_context(model, context)
+    windows = split_windows(ids_T, context, first)
+    tokens = sum(map(len, windows)) - len(windows) * (first is not None)
     plain = (plain_head(source_model, ids_T), plain_head(result_model, ids_T))
     done = []
     progress.start("perplexity", len(ids_T), "tokens")
     for number, window_T in enumerate(windows):
-        read_T = window_T if first is None else torch.cat([window_T.new_tensor([first]), window_T])
-        source_at = logits_at(source_model, read_T, plain=plain[0])
-        result_at = logits_at(result_model, read_T, plain=plain[1])
-        done.append(_compare_window(source_at, result_at, read_T, _vocabulary(source_model)))
+        source_at = logits_at(source_model, window_T, plain=plain[0])
+        result_at = logits_at(result_model, window_T, plain=plain[1])
+        done.append(_compare_window(source_at, result_at, window_T, vocabulary_size(source_model)))
         check_finite(done[-1], number)
-        progress.advance(len(window_T), f"window {number + 1} of {len(windows)}")
+        progress.advance(len(window_T) - (first is not None), f"window {number + 1} of {len(windows)}")
     progress.finish()
-    return summary(done, tokens=sum(map(len, windows)), context=context, seed=seed)
+    return summary(done, tokens=tokens, context=context, seed=seed)
 
 
 def _compare_window(source_at: LogitsAt, result_at: LogitsAt, ids_T: torch.Tensor, vocabulary: int) -> Window:
@@ -88,22 +88,30 @@ def _compare_window(source_at: LogitsAt, result_at: LogitsAt, ids_T: torch.Tenso
     return window
 
 
-def _check_pair(source_model: PreTrainedModel, result_model: PreTrainedModel, context: int) -> None:
-    if context < 2:
-        raise UserError(f"a window of {context} token(s) scores nothing", fix="use a context of 2 or more")
-    source_words, result_words = _vocabulary(source_model), _vocabulary(result_model)
+def _check_pair(source_model: PreTrainedModel, result_model: PreTrainedModel) -> None:
+    source_words, result_words = vocabulary_size(source_model), vocabulary_size(result_model)
     if source_words != result_words:
         raise CheckpointError(
             f"the source has {source_words} tokens in its vocabulary and the result {result_words}",
             fix="compare a result with the model that it was made from",
         )
-    for model in (source_model, result_model):
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and context > longest:
-            raise UserError(f"a context of {context} tokens is longer than the model's {longest}")
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
+def check_context(model: PreTrainedModel, context: int) -> None:
+    """Refuses windows that score nothing or are longer than the model's positions.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    if context < 2:
+        raise UserError(f"a window of {context} token(s) scores nothing", fix="use a context of 2 or more")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and context > longest:
+        raise UserError(f"a context of {context} tokens is longer than the model's {longest}")
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Words that the model gives logits for."""
     return int(model.config.get_text_config().vocab_size)
 
 

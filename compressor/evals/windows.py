@@ -1,6 +1,6 @@
 """Windows of a text, scored by two models or by one model in two ways, and the figures over all of them.
 
-Legend: P scored positions of a window, V vocabulary, W windows.
+Legend: T tokens of the text or of a window, P scored positions of a window, V vocabulary, W windows.
 """
 
 from __future__ import annotations
@@ -37,6 +37,18 @@ class Window:
         self.nll_result -= float(result_PV.gather(1, target_P1).double().sum())
         self.agree += int((source_PV.argmax(-1) == result_PV.argmax(-1)).sum())
         self.kl_P.append(_kl(source_PV, result_PV).cpu())
+
+
+def split_windows(ids_T: torch.Tensor, context: int, first: int | None) -> list[torch.Tensor]:
+    """Non-overlapping windows of ``context`` tokens, the last one shorter, each after the token ``first``.
+
+    What is too short to score anything is left out.
+    """
+    import torch
+
+    ahead_T = ids_T.new_tensor([] if first is None else [first])
+    parts = torch.split(ids_T, context - len(ahead_T))
+    return [torch.cat([ahead_T, part_T]) for part_T in parts if len(ahead_T) + len(part_T) > 1]
 
 
 def _kl(source_PV: torch.Tensor, result_PV: torch.Tensor) -> torch.Tensor:
