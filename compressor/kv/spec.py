@@ -1,4 +1,4 @@
-"""What is asked of the KV cache, as stages are told it. Importing this does not import torch: plans need it."""
+"""What is asked of the KV cache, as stages are told it. Importing this does not import torch: for plans."""
 
 from __future__ import annotations
 
