@@ -103,7 +103,7 @@ def heard_attention(module: nn.Module, hear: Hear) -> Iterator[None]:
 
 
 def _wrapped(kernel: _Kernel | None, inside: set[int], hear: Hear) -> _Kernel:
-    """A function that tells ``hear`` first; ``kernel`` None: the model's own file has it."""
+    """A function that tells ``hear`` first; ``kernel`` None: that of the model's file."""
 
     def attention(
         module: nn.Module,
