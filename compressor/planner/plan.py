@@ -27,6 +27,7 @@ from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers, u
 from compressor.planner.claims import claim_tensors
 from compressor.planner.kept import kept_faults
 from compressor.planner.kv_bytes import full_context
+from compressor.planner.kv_choice import KvOption, kv_options
 from compressor.planner.layout import group_units, pack_shards
 from compressor.planner.learned import learned_on_one_row, learned_twice
 from compressor.planner.made import as_made
@@ -65,6 +66,7 @@ class Plan:
         oneshot: what takes the walk's place where llm-compressor chooses the values, or None.
         polish: the distillation after it, or None where the recipe asks for none.
         prediction: bytes, memory, disk, time, GPUs.
+        kv_options: what each format of the KV cache would take; none where the cache is not known.
         evaluation: what to measure, or None where the recipe switches it off.
         gates: what the measured losses must not exceed.
         output: the output folder.
@@ -86,6 +88,7 @@ class Plan:
     oneshot: OneshotPlan | None
     polish: PolishPlan | None
     prediction: Prediction
+    kv_options: tuple[KvOption, ...]
     evaluation: EvalSpec | None
     gates: tuple[Gate, ...]
     output: Path
@@ -162,6 +165,7 @@ def make_plan(
         oneshot=oneshot,
         polish=polish,
         prediction=prediction,
+        kv_options=kv_options(source.config)[0],
         evaluation=evaluation,
         gates=tuple(recipe.evaluate.gates) if recipe.evaluate else (),
         output=output,

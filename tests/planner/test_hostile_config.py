@@ -13,7 +13,8 @@ from compressor.dialects import DIALECTS
 from compressor.errors import CheckpointError, PlanError
 from compressor.model.families import family_for, tied
 from compressor.planner.claims import claim_tensors
-from compressor.planner.kv_bytes import _ARCHITECTURES, full_context, kv_bytes
+from compressor.planner.kv_architectures import ARCHITECTURES
+from compressor.planner.kv_bytes import full_context, kv_bytes
 from compressor.planner.layout import group_units
 from compressor.planner.predict import predict
 from compressor.recipe.model import WeightsSection
@@ -24,7 +25,7 @@ HEADERS = llama_headers(layers=1, hidden=16, wide=32, kv=16, vocab=32)
 SECTION = WeightsSection.model_validate({"scheme": "nvfp4a16"})
 # Every key that planning looks at.
 KEYS = sorted(
-    {key for architecture in _ARCHITECTURES.values() for key in architecture.defaults}
+    {key for architecture in ARCHITECTURES.values() for key in architecture.defaults}
     | {"model_type", "architectures", "text_config", "llm_config", "tie_word_embeddings", "layer_types"}
     | {"max_position_embeddings", "num_kv_shared_layers", "no_rope_layers", "quantization_config", "a"}
 )
@@ -35,7 +36,7 @@ SCALARS = st.one_of(
     st.floats(),
     st.text(max_size=3),
     st.sampled_from([0, -1, 1, 3, 2**53 - 1, 2**53, 10**30, -(10**30), "3", "full_attention", "\ud800"]),
-    st.sampled_from(sorted(_ARCHITECTURES)),
+    st.sampled_from(sorted(ARCHITECTURES)),
 )
 VALUES = st.recursive(
     SCALARS,
@@ -47,7 +48,7 @@ VALUES = st.recursive(
 ANY = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=12)
 # Of a known architecture, which looks at more of what it is given.
 KNOWN = st.builds(
-    lambda fields, name: fields | {"model_type": name}, ANY, st.sampled_from(sorted(_ARCHITECTURES))
+    lambda fields, name: fields | {"model_type": name}, ANY, st.sampled_from(sorted(ARCHITECTURES))
 )
 
 

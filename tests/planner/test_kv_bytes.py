@@ -9,7 +9,8 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from compressor.planner.kv_bytes import _ARCHITECTURES, full_context, kv_bytes
+from compressor.planner.kv_architectures import ARCHITECTURES
+from compressor.planner.kv_bytes import full_context, kv_bytes
 
 GIB = 2**30
 CONTEXT = 131_072
@@ -75,7 +76,7 @@ def test_jamba_keeps_states_in_seven_of_eight_layers():
 
 @pytest.mark.parametrize(
     "model_type",
-    sorted(_ARCHITECTURES),
+    sorted(ARCHITECTURES),
 )
 def test_missing_keys_have_transformers_defaults(model_type):
     """A bare model_type counts as the configuration class with every key written out."""
