@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compressor.planner.kv_choice import BF16, KvOption, KvSize
+from compressor.planner.kv_planned import KvPlanned
 
 # Below this many columns the bytes of a token are left out.
 _NARROW = 80
@@ -41,6 +42,16 @@ def print_kv(console: Console, options: Sequence[KvOption]) -> None:
     console.print(table)
     for line in _notes(options):
         console.print(Text(line))
+
+
+def kv_lines(planned: KvPlanned) -> tuple[str, ...]:
+    """What the recipe asks of the cache, and how it will be served."""
+    lines = [planned.described()]
+    if planned.needs_data:
+        lines.append("fitted to the calibration texts before the weights are touched")
+    if planned.flags:
+        lines.append(f"served with: vllm serve DIR {planned.flags}")
+    return tuple(lines)
 
 
 def _row(option: KvOption, *, narrow: bool) -> list[str]:

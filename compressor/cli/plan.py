@@ -60,7 +60,10 @@ def command(
             "held_bytes": plan.oneshot.held_bytes,
         },
         "polish": plan.polish and dataclasses.asdict(plan.polish),
-        "kv_cache": [dataclasses.asdict(option) for option in plan.kv_options],
+        "kv_cache": {
+            "planned": plan.kv and dataclasses.asdict(plan.kv),
+            "formats": [dataclasses.asdict(option) for option in plan.kv_options],
+        },
         "reload_rss_bytes": plan.reload_rss_bytes,
         "warnings": list(plan.warnings),
     }

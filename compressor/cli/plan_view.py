@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compressor.calibration.spec import CalibrationSpec
-from compressor.cli.kv_view import print_kv
+from compressor.cli.kv_view import kv_lines, print_kv
 from compressor.planner.calibrated import WalkPlan
 from compressor.planner.plan import Plan
 from compressor.planner.polished import PolishPlan
@@ -32,6 +32,9 @@ def print_plan(plan: Plan) -> None:
     console.print(_sizes(plan.prediction))
     console.print(_serving(plan.prediction))
     print_kv(console, plan.kv_options)
+    if plan.kv is not None:
+        console.print()
+        console.print(_titled("kv", *kv_lines(plan.kv)))
     if plan.walk is not None:
         console.print(_titled("data", _shown(plan.walk.calibration), *_walked(plan.walk, plan.polish)))
     if plan.oneshot is not None:

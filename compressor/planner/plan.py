@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from compressor import data
-from compressor.budget.gates import Gate, check_gate_metric
+from compressor.budget.gates import Gate
 from compressor.calibration.check import check_calibration
 from compressor.calibration.pinned import pinned
 from compressor.calibration.spec import CalibrationSpec
@@ -20,20 +18,23 @@ from compressor.checkpoint.sources import open_source
 from compressor.dialects import DIALECTS
 from compressor.dialects.base import Dialect
 from compressor.errors import PlanError, UserError
-from compressor.evals.base import SHIPPED_TASKS, EvalSpec
+from compressor.evals.base import EvalSpec
 from compressor.model.families import family_for
 from compressor.planner.bounds import Parts, predict_bounded
 from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers, unmeasured, walk_key
 from compressor.planner.claims import claim_tensors
+from compressor.planner.evaluated import evaluation_spec
+from compressor.planner.faults import collect
 from compressor.planner.kept import kept_faults
 from compressor.planner.kv_bytes import full_context
-from compressor.planner.kv_choice import KvOption, kv_options
+from compressor.planner.kv_choice import KvOption
+from compressor.planner.kv_planned import KvPlanned, plan_kv, section_options
 from compressor.planner.layout import group_units, pack_shards
 from compressor.planner.learned import learned_on_one_row, learned_twice
 from compressor.planner.made import as_made
 from compressor.planner.oneshot import OneshotPlan, oneshot_faults, oneshot_key, plan_oneshot
 from compressor.planner.pictured import image_faults
-from compressor.planner.places import check_disk, check_places, check_text
+from compressor.planner.places import check_disk, check_places
 from compressor.planner.polished import PolishPlan, check_polish, plan_polish, polish_key
 from compressor.planner.predict import Prediction, RuleRow, rule_rows
 from compressor.planner.walkable import walk_faults
@@ -43,8 +44,6 @@ from compressor.stages.base import Claim, Shard, needs_data
 from compressor.stages.evaluate import memory_needed
 from compressor.stages.modules import modules_of
 from compressor.workspace import Workspace, stage_key
-
-T = TypeVar("T")
 
 STREAM_VERSION = 1
 
@@ -66,6 +65,7 @@ class Plan:
         oneshot: what takes the walk's place where llm-compressor chooses the values, or None.
         polish: the distillation after it, or None where the recipe asks for none.
         prediction: bytes, memory, disk, time, GPUs.
+        kv: how the KV cache is to be stored, or None where the recipe does not say.
         kv_options: what each format of the KV cache would take; none where the cache is not known.
         evaluation: what to measure, or None where the recipe switches it off.
         gates: what the measured losses must not exceed.
@@ -88,6 +88,7 @@ class Plan:
     oneshot: OneshotPlan | None
     polish: PolishPlan | None
     prediction: Prediction
+    kv: KvPlanned | None
     kv_options: tuple[KvOption, ...]
     evaluation: EvalSpec | None
     gates: tuple[Gate, ...]
@@ -130,18 +131,20 @@ def make_plan(
     space = Workspace((workspace or output.parent / ".compress-workspace").resolve())
     faults: list[UserError] = []
     source = _open(loaded, space, faults, planning=planning, allow_code=allow_code)
-    evaluation = _collect(faults, lambda: evaluation_spec(loaded, full_context(source.config)))
+    evaluation = collect(faults, lambda: evaluation_spec(loaded, full_context(source.config)))
     family = family_for(source.config)
     dialect = DIALECTS[recipe.export.format]
     kept = source.kept if isinstance(source, KeptSource) else {}
-    claims = _collect(
+    claims = collect(
         faults, lambda: claim_tensors(source.headers, source.config, family, recipe.weights, dialect, kept)
     )
     if claims is None or faults:
         raise PlanError(_placed(faults, loaded))
     claims, warnings = settle_solvers(claims)
     faults += _solving_faults(claims, source, dialect, polished=recipe.weights.polish is not None)
-    calibration = _calibration(loaded, source, claims, evaluation, faults, warnings, planning)
+    kv = None if recipe.kv_cache is None else plan_kv(recipe.kv_cache, source.config, faults, warnings)
+    needed = _walks(loaded, claims) or (kv is not None and kv.needs_data)
+    calibration = _calibration(loaded, source, claims, evaluation, needed, faults, warnings, planning)
     oneshot = None if calibration is None else plan_oneshot(claims, calibration, source.config)
     walk = None if oneshot is not None else _walk(loaded, source, calibration, claims, faults, warnings)
     polish = None if walk is None else _polish(loaded, source, walk, claims, faults, warnings)
@@ -165,7 +168,8 @@ def make_plan(
         oneshot=oneshot,
         polish=polish,
         prediction=prediction,
-        kv_options=kv_options(source.config)[0],
+        kv=kv,
+        kv_options=section_options(recipe.kv_cache, source.config)[0],
         evaluation=evaluation,
         gates=tuple(recipe.evaluate.gates) if recipe.evaluate else (),
         output=output,
@@ -215,16 +219,16 @@ def _calibration(
     source: Source,
     claims: list[Claim],
     evaluation: EvalSpec | None,
+    needed: bool,
     faults: list[UserError],
     warnings: list[str],
     planning: bool,
 ) -> CalibrationSpec | None:
-    """What is calibrated on; adds to ``faults`` and ``warnings`` what it finds."""
-    needed = _needs_data(loaded, claims)
+    """What is calibrated on, if that is needed; adds to ``faults`` and ``warnings`` what it finds."""
     if not needed and loaded.recipe.calibration is None:
         return None
     longest = full_context(source.config)
-    spec = _collect(faults, lambda: calibration_spec(loaded.recipe, loaded.folder, longest))
+    spec = collect(faults, lambda: calibration_spec(loaded.recipe, loaded.folder, longest))
     if spec is None:
         return None
     if not needed:
@@ -232,14 +236,14 @@ def _calibration(
         return spec
     faults += check_calibration(spec, evaluation.text if evaluation else None, longest)
     faults += image_faults(spec, source, claims, polished=loaded.recipe.weights.polish is not None)
-    found = _collect(faults, lambda: pinned(spec, planning=planning))
+    found = collect(faults, lambda: pinned(spec, planning=planning))
     if found is None:
         return None
     warnings += found[1]
     return found[0]
 
 
-def _needs_data(loaded: LoadedRecipe, claims: list[Claim]) -> bool:
+def _walks(loaded: LoadedRecipe, claims: list[Claim]) -> bool:
     """Whether any matrix is walked, were it only to be polished."""
     return loaded.recipe.weights.polish is not None or any(needs_data(claim) for claim in claims)
 
@@ -253,7 +257,7 @@ def _walk(
     warnings: list[str],
 ) -> WalkPlan | None:
     """How the blocks are walked, if so; adds to ``faults`` and ``warnings`` what it finds."""
-    if calibration is None or not _needs_data(loaded, claims):
+    if calibration is None or not _walks(loaded, claims):
         return None
     faults += walk_faults(claims, source.config, source.label)
     faults += learned_on_one_row(claims, calibration)
@@ -318,68 +322,12 @@ def stream_key(plan: Plan) -> str:
     return stage_key("stream", STREAM_VERSION, spec, needs)
 
 
-def evaluation_spec(loaded: LoadedRecipe, longest: int | None) -> EvalSpec | None:
-    """The recipe's ``evaluate`` section with its files found and its names checked.
-
-    ``longest`` is the model's context, in tokens, if it is known.
-
-    Raises:
-        PlanError: a missing text, an unknown task or metric; all of them together.
-    """
-    section = loaded.recipe.evaluate
-    if section is None:
-        return None
-    faults: list[UserError] = []
-    text = _collect(faults, lambda: check_text(section.text, loaded.folder))
-    if longest is not None and section.context > longest:
-        what = f"windows of {section.context} tokens are longer than the model's context of {longest}"
-        faults.append(UserError(what, where="evaluate.context", fix=f"set it to {longest} at most"))
-    for index, task in enumerate(section.tasks):
-        if task.name not in SHIPPED_TASKS:
-            faults.append(
-                UserError(
-                    f"unknown task {task.name!r}; shipped: {', '.join(SHIPPED_TASKS)}",
-                    where=f"evaluate.tasks.{index}",
-                )
-            )
-    tasks = {task.name: task.limit for task in section.tasks}
-    for index, gate in enumerate(section.gates):
-        check = partial(check_gate_metric, gate.metric, tuple(tasks), where=f"evaluate.gates.{index}")
-        _collect(faults, check)
-    if text is not None and section.tokens > 2 * (size := text.stat().st_size):
-        # Not even half a byte for each token; the tokenizer counts exactly, when the run starts.
-        what = f"{section.text} has {size:,} bytes; {section.tokens:,} tokens of it are to be read"
-        where = "evaluate.text" if "evaluate.text" in loaded.places else "evaluate.tokens"
-        faults.append(UserError(what, where=where, fix="lower evaluate.tokens, or name a longer text"))
-    if text is None or faults:
-        raise PlanError(faults)
-    return EvalSpec(
-        text=text,
-        text_label=section.text,
-        tokens=section.tokens,
-        context=section.context,
-        tasks=tasks,
-        seed=loaded.recipe.seed,
-        text_is_shipped=text.is_relative_to(data.shipped_root() / "calibration"),
-    )
-
-
 def _placed(faults: list[UserError], loaded: LoadedRecipe) -> list[UserError]:
     """The same faults, with file:line:column in the place of recipe keys."""
     return [
         UserError(fault.what, where=loaded.places.get(fault.where, fault.where), fix=fault.fix)
         for fault in faults
     ]
-
-
-def _collect(faults: list[UserError], make: Callable[[], T]) -> T | None:
-    try:
-        return make()
-    except PlanError as error:
-        faults.extend(error.faults)
-    except UserError as error:
-        faults.append(error)
-    return None
 
 
 def _warnings(loaded: LoadedRecipe, source: Source, result_bytes: int) -> list[str]:

@@ -30,6 +30,7 @@ from compressor.recipe.fields import (
     Window,
     no_bool,
 )
+from compressor.recipe.kv_cache import KvCacheSection
 from compressor.recipe.polish import PolishSection
 from compressor.recipe.section import Section, blamed, is_none
 from compressor.schemes import SchemeField
@@ -37,7 +38,6 @@ from compressor.solvers import SolverField, parse_solver
 
 # Keys that the language reserves and that no stage serves yet: path in the recipe -> how faults name it.
 RESERVED: dict[tuple[str, ...], str] = {
-    ("kv_cache",): "section 'kv_cache'",
     ("context",): "section 'context'",
     ("adapters",): "section 'adapters'",
     ("drafts",): "section 'drafts'",
@@ -253,7 +253,13 @@ class Recipe(Section):
     seed: Seed = Field(default=0, description="Seed of everything random in the run.")
     model: ModelSection
     weights: WeightsSection
-    # Left out of what is written where nothing was said: recipes from before it existed stay the same bytes.
+    # These are left out of what is written where nothing was said: recipes from before they existed stay the
+    # same bytes.
+    kv_cache: KvCacheSection | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="How the KV cache is stored; by default in 16 bit, and nothing is fitted or folded.",
+    )
     calibration: CalibrationSection | None = Field(
         default=None,
         exclude_if=is_none,

@@ -87,7 +87,7 @@ def test_variables_work_in_overrides(write: Write, monkeypatch: pytest.MonkeyPat
         ("weights.+scheme=[x]", "'+scheme' appends to a list"),
         ("seed=x", "seed: must be a whole number"),
         ("extends=x.yaml", "cannot be overridden"),
-        ("kv_cache.bits=8", "section 'kv_cache' is not available"),
+        ("context.method=yarn", "section 'context' is not available"),
         (".".join("a" * 30) + "=1", "nested deeper"),
     ],
 )

@@ -156,7 +156,7 @@ def test_sections_without_a_stage_are_refused(faults: Faults, path: tuple[str, .
 def test_all_faults_at_once(faults: Faults) -> None:
     """Faults of the text, the overrides and the values are reported together, each once."""
     text = f"""\
-{HEAD}kv_cache: {{}}
+{HEAD}context: {{}}
 seed: ${{NO_SUCH_VARIABLE}}
 weights:
   scheme: int5

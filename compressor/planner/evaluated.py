@@ -1,0 +1,59 @@
+"""What a plan says of the evaluation: its files found, its names checked."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from compressor import data
+from compressor.budget.gates import check_gate_metric
+from compressor.errors import PlanError, UserError
+from compressor.evals.base import SHIPPED_TASKS, EvalSpec
+from compressor.planner.faults import collect
+from compressor.planner.places import check_text
+from compressor.recipe.load import LoadedRecipe
+
+
+def evaluation_spec(loaded: LoadedRecipe, longest: int | None) -> EvalSpec | None:
+    """The recipe's ``evaluate`` section with its files found and its names checked.
+
+    ``longest`` is the model's context, in tokens, if it is known.
+
+    Raises:
+        PlanError: a missing text, an unknown task or metric; all of them together.
+    """
+    section = loaded.recipe.evaluate
+    if section is None:
+        return None
+    faults: list[UserError] = []
+    text = collect(faults, lambda: check_text(section.text, loaded.folder))
+    if longest is not None and section.context > longest:
+        what = f"windows of {section.context} tokens are longer than the model's context of {longest}"
+        faults.append(UserError(what, where="evaluate.context", fix=f"set it to {longest} at most"))
+    for index, task in enumerate(section.tasks):
+        if task.name not in SHIPPED_TASKS:
+            faults.append(
+                UserError(
+                    f"unknown task {task.name!r}; shipped: {', '.join(SHIPPED_TASKS)}",
+                    where=f"evaluate.tasks.{index}",
+                )
+            )
+    tasks = {task.name: task.limit for task in section.tasks}
+    for index, gate in enumerate(section.gates):
+        check = partial(check_gate_metric, gate.metric, tuple(tasks), where=f"evaluate.gates.{index}")
+        collect(faults, check)
+    if text is not None and section.tokens > 2 * (size := text.stat().st_size):
+        # Not even half a byte for each token; the tokenizer counts exactly, when the run starts.
+        what = f"{section.text} has {size:,} bytes; {section.tokens:,} tokens of it are to be read"
+        where = "evaluate.text" if "evaluate.text" in loaded.places else "evaluate.tokens"
+        faults.append(UserError(what, where=where, fix="lower evaluate.tokens, or name a longer text"))
+    if text is None or faults:
+        raise PlanError(faults)
+    return EvalSpec(
+        text=text,
+        text_label=section.text,
+        tokens=section.tokens,
+        context=section.context,
+        tasks=tasks,
+        seed=loaded.recipe.seed,
+        text_is_shipped=text.is_relative_to(data.shipped_root() / "calibration"),
+    )
