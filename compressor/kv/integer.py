@@ -104,11 +104,11 @@ def _signs(size: int) -> torch.Tensor:
 
 def _rotate(x_ND: torch.Tensor) -> torch.Tensor:
     block = _block(x_ND.shape[1])
-    blocks = x_ND.unflatten(1, (-1, block)) * _signs(block).to(x_ND.device)
+    blocks = torch.unflatten(x_ND, 1, (-1, block)) * _signs(block).to(x_ND.device)
     return fast_hadamard(blocks).flatten(1)
 
 
 def _rotate_back(x_ND: torch.Tensor) -> torch.Tensor:
     block = _block(x_ND.shape[1])
-    blocks = fast_hadamard(x_ND.unflatten(1, (-1, block))) * _signs(block).to(x_ND.device)
+    blocks = fast_hadamard(torch.unflatten(x_ND, 1, (-1, block))) * _signs(block).to(x_ND.device)
     return (blocks / block).flatten(1)

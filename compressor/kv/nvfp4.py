@@ -63,7 +63,7 @@ class Nvfp4Codec(RowCodec):
 
     def encode_rows(self, x_ND: torch.Tensor) -> torch.Tensor:
         """uint8 [N, S]."""
-        blocks = x_ND.float().unflatten(1, (-1, _BLOCK))
+        blocks = torch.unflatten(x_ND.float(), 1, (-1, _BLOCK))
         codes, scales = self._blocks(blocks, E2M1_MAX)
         if self._four_over_six:
             others, other_scales = self._blocks(blocks, 4.0)
@@ -74,7 +74,7 @@ class Nvfp4Codec(RowCodec):
 
     def decode_rows(self, slots_NS: torch.Tensor, head_dim: int) -> torch.Tensor:
         """fp32 [N, D]."""
-        codes = unpack_nibbles(slots_NS[:, : head_dim // 2]).unflatten(1, (-1, _BLOCK))
+        codes = torch.unflatten(unpack_nibbles(slots_NS[:, : head_dim // 2]), 1, (-1, _BLOCK))
         return self._read(codes, slots_NS[:, head_dim // 2 :].contiguous().unsqueeze(2)).flatten(1)
 
     def _blocks(self, x_NGB: torch.Tensor, at: float) -> tuple[torch.Tensor, torch.Tensor]:

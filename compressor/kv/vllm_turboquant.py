@@ -127,7 +127,7 @@ class VllmTurboValueCodec(RowCodec):
     def decode_rows(self, slots_NS: torch.Tensor, head_dim: int) -> torch.Tensor:
         """fp32 [N, D]."""
         size = head_dim * self._bits // 8
-        step, least = from_bytes(slots_NS[:, size:], torch.float16).split(1, dim=1)
+        step, least = torch.split(from_bytes(slots_NS[:, size:], torch.float16), 1, dim=1)
         return unpack_bits(slots_NS[:, :size], self._bits).float() * step + least
 
     def options(self) -> Mapping[str, Any]:

@@ -35,7 +35,7 @@ def fast_hadamard(x: torch.Tensor) -> torch.Tensor:
     assert is_power_of_two(size), "the fast transform needs a power of two"
     step = 1
     while step < size:
-        pairs = x.unflatten(-1, (size // (2 * step), 2, step))
+        pairs = torch.unflatten(x, -1, (size // (2 * step), 2, step))
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         out = torch.empty_like(pairs, memory_format=torch.contiguous_format)
         torch.add(first, second, out=out[..., 0, :])

@@ -45,13 +45,13 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         return pack_nibbles(codes)
     if bits == 3:
-        c = codes.unflatten(-1, (-1, 8)).unbind(-1)
+        c = torch.unflatten(codes, -1, (-1, 8)).unbind(-1)
         low = c[0] | c[1] << 3 | c[2] << 6
         middle = c[2] >> 2 | c[3] << 1 | c[4] << 4 | c[5] << 7
         high = c[5] >> 1 | c[6] << 2 | c[7] << 5
         return torch.stack((low, middle, high), dim=-1).flatten(-2)
     assert bits in (1, 2), "codes of 1 to 4 bits are packed here"
-    first, *others = codes.unflatten(-1, (-1, 8 // bits)).unbind(-1)
+    first, *others = torch.unflatten(codes, -1, (-1, 8 // bits)).unbind(-1)
     packed = first.clone()
     for place, code in enumerate(others, start=1):
         packed |= code << (place * bits)
@@ -63,7 +63,7 @@ def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         return unpack_nibbles(packed)
     if bits == 3:
-        low, middle, high = packed.unflatten(-1, (-1, 3)).unbind(-1)
+        low, middle, high = torch.unflatten(packed, -1, (-1, 3)).unbind(-1)
         codes = (
             low & 7,
             low >> 3 & 7,
