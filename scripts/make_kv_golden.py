@@ -127,7 +127,8 @@ def _of(head_dim: int) -> dict[str, torch.Tensor]:
         stored = _turboquant(preset, key, value, query.to(DEVICE))
         found |= {f"{preset}/{name}": tensor for name, tensor in stored.items()}
     for name in ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head"):
-        found |= {f"{name}/{side}": slots for side, slots in _per_token_head(name, key, value).items()}
+        stored = _per_token_head(name, key, value, query.to(DEVICE))
+        found |= {f"{name}/{side}": tensor for side, tensor in stored.items()}
     return found
 
 
@@ -228,8 +229,11 @@ class _Heard:
         return launch
 
 
-def _per_token_head(name: str, key: torch.Tensor, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Slots [T, H, S] of keys and of values: codes, then the scale."""
+def _per_token_head(
+    name: str, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Slots [T, H, S] of keys and of values: codes, then the scale; for int4 attention as for the presets."""
+    from vllm.v1.attention.ops import int4_per_token_head as reading
     from vllm.v1.attention.ops import triton_reshape_and_cache_flash as storing
     from vllm.v1.kv_cache_interface import KVQuantMode
 
@@ -251,7 +255,32 @@ def _per_token_head(name: str, key: torch.Tensor, value: torch.Tensor) -> dict[s
     slots = [
         torch.cat((code.view(torch.uint8), scale[..., None].view(torch.uint8)), -1) for code, scale in pairs
     ]
-    return {side: both.flatten(0, 1)[:tokens] for side, both in zip(("key", "value"), slots, strict=True)}
+    found = {side: both.flatten(0, 1)[:tokens] for side, both in zip(("key", "value"), slots, strict=True)}
+    if dtype != torch.uint8:
+        return found
+    attended = torch.zeros_like(query, dtype=torch.float32)
+    reading.unified_attention_int4(
+        query.float(),
+        *codes,
+        attended,
+        cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
+        max_seqlen_q=1,
+        seqused_k=torch.tensor([PLAIN], dtype=torch.int32, device=DEVICE),
+        max_seqlen_k=PLAIN,
+        softmax_scale=head_dim**-0.5,
+        window_size=(-1, -1),
+        block_table=torch.arange(blocks, dtype=torch.int32, device=DEVICE)[None],
+        softcap=0.0,
+        sinks=None,
+        alibi_slopes=None,
+        use_alibi_sqrt=False,
+        qq_bias=None,
+        output_scale=None,
+        mm_prefix_range=None,
+        k_scale_cache=scales[0],
+        v_scale_cache=scales[1],
+    )
+    return found | {"attention": attended}
 
 
 if __name__ == "__main__":

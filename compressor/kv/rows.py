@@ -33,7 +33,7 @@ class RowCodec(KvCodec):
         slots = torch.empty(len(rows), self.slot_bytes(head_dim), dtype=torch.uint8, device=rows.device)
         for part in _parts(rows, head_dim):
             slots[part] = self.encode_rows(rows[part])
-        return slots.view(*x_BHTD.shape[:-1], -1)
+        return slots.view(*x_BHTD.shape[:-1], slots.shape[1])
 
     def decode(self, slots_BHTS: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         """[B, H, T, D] in ``dtype`` of what ``encode`` made."""

@@ -53,7 +53,8 @@ def random_orthogonal(size: int, seed: int) -> torch.Tensor:
     between calls: must not be written to.
     """
     q, r = torch.linalg.qr(gaussian_matrix(size, seed))
-    return q * r.diagonal().sign()
+    mended: torch.Tensor = q * r.diagonal().sign()
+    return mended
 
 
 def gaussian_matrix(size: int, seed: int) -> torch.Tensor:

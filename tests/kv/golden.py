@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+FILE = Path(__file__).parent / "golden_vllm.safetensors"
 HEAD_DIMS = (64, 128, 256)
 PLAIN = 8  # tokens of random numbers; those after them are edge cases
 TIED = slice(8, 12)  # keys that are rotated onto boundaries between codes
@@ -22,7 +23,7 @@ PRESETS = {
 @cache
 def golden() -> dict[str, torch.Tensor]:
     """All tensors by name; keys, values and slots are [T, H, D or S]."""
-    return load_file(Path(__file__).parent / "golden_vllm.safetensors")
+    return load_file(FILE)
 
 
 def as_cache(rows_THD: torch.Tensor) -> torch.Tensor:
