@@ -6,19 +6,21 @@ working folder:
     .venv-serve/bin/python scripts/make_kv_golden.py            # writes the file
     .venv-serve/bin/python scripts/make_kv_golden.py --compare  # counts bytes that differ from the file
 
-On a machine with an NVIDIA GPU the kernels run there, otherwise in Triton's interpreter on the CPU. The
-interpreter's own cast of fp32 to e4m3 drops carries, ties and saturation; it is replaced by the cast of the
-GPU's instruction ``cvt.rn.satfinite.e4m3x2.f32``. Nothing else of vLLM or Triton is changed. On a GPU a few
-bytes differ: Triton divides fp32 approximately there, norms and rotations go through cuBLAS, and the
-transform of int4 through bf16 tensor cores.
+Where vLLM is not installed, ``--sources FOLDER`` takes its kernels from files alone: see
+scripts/vllm_kernels_alone.py. On a machine with an NVIDIA GPU the kernels run there, otherwise in Triton's
+interpreter on the CPU. The interpreter's own cast of fp32 to e4m3 drops carries, ties and saturation; it is
+replaced by the cast of the GPU's instruction ``cvt.rn.satfinite.e4m3x2.f32``. Nothing else of vLLM or Triton
+is changed. On a GPU a few bytes may differ: Triton divides fp32 approximately there, norms and rotations go
+through cuBLAS, and the transform of int4 through bf16 tensor cores.
 
 Legend: T tokens, H KV heads, D head_dim, S bytes of a slot.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from vllm_kernels_alone import install
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -41,15 +44,23 @@ PRESETS = ("turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turbo
 
 def main() -> None:
     """Writes or compares the file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--compare", action="store_true", help="count the bytes that differ from the file")
+    parser.add_argument("--sources", type=Path, help="folder of vLLM's sources, where it is not installed")
+    asked = parser.parse_args()
     if not ON_GPU:
         _use_interpreter()
+    if asked.sources:
+        install(asked.sources)
     import triton
     import vllm
 
     tensors: dict[str, torch.Tensor] = {}
     for head_dim in HEAD_DIMS:
         tensors |= {f"{head_dim}/{name}": tensor.cpu() for name, tensor in _of(head_dim).items()}
-    if sys.argv[1:] == ["--compare"]:
+    if asked.compare:
         return _compare(tensors)
     metadata = {"vllm": vllm.__version__, "triton": triton.__version__, "torch": torch.__version__}
     metadata["ran_on"] = torch.cuda.get_device_name() if ON_GPU else "triton interpreter, e4m3 cast replaced"
@@ -138,13 +149,12 @@ def _turboquant(
     """Slots [T, H, S], what is read of them, and the rotated keys that the store kernel was given."""
     from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
     from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
-    from vllm.v1.attention.backends.turboquant_attn import _build_hadamard
     from vllm.v1.attention.ops import triton_turboquant_decode as reading
     from vllm.v1.attention.ops import triton_turboquant_store as storing
 
     tokens, heads, head_dim = key.shape
     config = TurboQuantConfig.from_cache_dtype(preset, head_dim)
-    rotation = _build_hadamard(head_dim, DEVICE)
+    rotation = _hadamard(head_dim)
     levels = get_centroids(head_dim, config.centroid_bits).to(DEVICE)
     blocks = -(-tokens // BLOCK)
     cache = torch.zeros(blocks, BLOCK, heads, config.slot_size_aligned, dtype=torch.uint8, device=DEVICE)
@@ -212,6 +222,14 @@ def _turboquant(
         rotated, norms = (given.view(tokens, heads, -1)[TIED] for given in heard.arguments[:2])
         found |= {"rotated": rotated, "norm": norms}
     return found
+
+
+def _hadamard(head_dim: int) -> torch.Tensor:
+    """As ``v1/attention/backends/turboquant_attn.py`` builds it: Sylvester's matrix / sqrt(D)."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < head_dim:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return (matrix / math.sqrt(head_dim)).to(DEVICE)
 
 
 class _Heard:

@@ -98,8 +98,8 @@ def _block(head_dim: int) -> int:
 
 @lru_cache(maxsize=16)
 def _signs(size: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(_SIGN_SEED)
-    return 2.0 * torch.bernoulli(torch.full((size,), 0.5), generator=generator) - 1.0
+    generator = torch.Generator("cpu").manual_seed(_SIGN_SEED)
+    return 2.0 * torch.bernoulli(torch.full((size,), 0.5, device="cpu"), generator=generator) - 1.0
 
 
 def _rotate(x_ND: torch.Tensor) -> torch.Tensor:

@@ -301,13 +301,13 @@ def _values(codes_Nd: torch.Tensor, bits: int, dimensions: int) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _levels(bits: int, dimensions: int) -> torch.Tensor:
-    return torch.tensor(rotated_levels(bits, dimensions), dtype=torch.float32)
+    return torch.tensor(rotated_levels(bits, dimensions), dtype=torch.float32, device="cpu")
 
 
 @lru_cache(maxsize=16)
 def _signs(width: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, (width,), generator=generator).float() * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(2, (width,), generator=generator, device="cpu").float() * 2 - 1
 
 
 @lru_cache(maxsize=16)

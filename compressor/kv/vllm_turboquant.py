@@ -151,10 +151,10 @@ def vllm_levels(head_dim: int, bits: int) -> torch.Tensor:
     deviation = math.sqrt(variance)
     count = 1 << bits
     reach = _REACH * deviation
-    levels = -reach + 2 * reach * (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    far = torch.tensor([3 * reach], dtype=torch.float64)
-    panels = torch.arange(_PANELS + 1, dtype=torch.float64)
-    weights = torch.ones(_PANELS + 1, dtype=torch.float64)
+    panels = torch.arange(_PANELS + 1, dtype=torch.float64, device="cpu")
+    levels = -reach + 2 * reach * (panels[:count] + 0.5) / count
+    far = torch.full_like(panels[:1], _FAR_REACH * deviation)
+    weights = torch.ones_like(panels)
     weights[0] = weights[-1] = 0.5
     for _ in range(_ROUNDS):
         edges = torch.cat((-far, midpoints(levels), far))

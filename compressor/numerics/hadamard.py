@@ -59,5 +59,5 @@ def random_orthogonal(size: int, seed: int) -> torch.Tensor:
 
 def gaussian_matrix(size: int, seed: int) -> torch.Tensor:
     """fp64 [size, size] of independent N(0, 1), on the CPU, from the seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, size, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(size, size, generator=generator, dtype=torch.float64, device="cpu")
