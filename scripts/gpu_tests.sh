@@ -3,4 +3,4 @@
 # triton, pytest and the packages of pyproject.toml; without a GPU they run in Triton's interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec "${PYTHON:-.venv/bin/python}" -m pytest -m cuda -rs tests/kernels "$@"
+exec "${PYTHON:-.venv/bin/python}" -m pytest -m cuda -rs tests/kernels tests/kv "$@"

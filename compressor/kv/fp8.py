@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from compressor.kv.base import KvCodec
-from compressor.kv.rows import RowCodec, as_bytes, from_bytes
+from compressor.kv.rows import RowCodec, as_bytes, divided, from_bytes
 from compressor.numerics.fp8 import E4M3_MAX, to_e4m3
 
 _SCALE_BYTES = 4
@@ -90,4 +90,4 @@ class Fp8TokenHeadCodec(RowCodec):
 
 def token_scales(x_ND: torch.Tensor, largest: float) -> torch.Tensor:
     """fp32 [N, 1]: what makes the largest magnitude of each row ``largest``, at least vLLM's floor."""
-    return (x_ND.abs().amax(dim=1, keepdim=True) / largest).clamp(min=LEAST_SCALE)
+    return divided(x_ND.abs().amax(dim=1, keepdim=True), largest).clamp(min=LEAST_SCALE)

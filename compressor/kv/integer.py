@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from compressor.kv.fp8 import LEAST_SCALE, token_scales
-from compressor.kv.rows import RowCodec, as_bytes, from_bytes
+from compressor.kv.rows import RowCodec, as_bytes, divided, from_bytes
 from compressor.numerics.fp4 import pack_nibbles, unpack_nibbles
 from compressor.numerics.hadamard import fast_hadamard
 
@@ -71,7 +71,7 @@ class Int4TokenHeadCodec(RowCodec):
         """uint8 [N, D / 2 + 4]."""
         x = _rotate(x_ND.float()).to(x_ND.dtype).float()
         least, most = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
-        scale = ((most - least) / 15.0).clamp(min=LEAST_SCALE)
+        scale = divided(most - least, 15.0).clamp(min=LEAST_SCALE)
         zero_point = _to_code(-least / scale)
         codes = _to_code(x * (1.0 / scale) + zero_point).to(torch.uint8)
         bits = scale.view(torch.int32) & ~_ZERO_POINT_MASK | zero_point.to(torch.int32)

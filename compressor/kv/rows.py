@@ -49,6 +49,11 @@ def _parts(rows: torch.Tensor, head_dim: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
+def divided(x: torch.Tensor, number: float) -> torch.Tensor:
+    """x / number, rounded once: on CUDA torch would multiply by the reciprocal of a Python number."""
+    return x / torch.full_like(x, number)
+
+
 def as_bytes(numbers: torch.Tensor) -> torch.Tensor:
     """[N] or [N, K] of any dtype -> its little-endian bytes, uint8 [N, itemsize * K]."""
     return numbers.reshape(len(numbers), -1).contiguous().view(torch.uint8)

@@ -123,7 +123,7 @@ class TurboProdCodec(_Turbo):
         unit, norm = _unit(x_ND)
         y = self._rotate(unit)
         codes = _codes(y, self._bits - 1)
-        rest = (y - _levels_of(codes, self._bits - 1)) / math.sqrt(y.shape[1])
+        rest = (y - _levels_of(codes, self._bits - 1)) * (1 / math.sqrt(y.shape[1]))
         projection = self._projection(y)
         signs = (rest.double() @ projection.T >= 0).to(torch.uint8)
         parts = (pack_bits(codes, self._bits - 1), pack_bits(signs, 1), norm, as_bytes(_norm(rest).half()))

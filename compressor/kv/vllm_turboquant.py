@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from compressor.kv.rows import RowCodec, as_bytes, from_bytes
+from compressor.kv.rows import RowCodec, as_bytes, divided, from_bytes
 from compressor.numerics.hadamard import fast_hadamard, is_power_of_two
 from compressor.numerics.lloyd_max import level_values, midpoints, nearest_level
 from compressor.numerics.packing import pack_bits, unpack_bits
@@ -120,7 +120,7 @@ class VllmTurboValueCodec(RowCodec):
         x = x_ND.float()
         most = float((1 << self._bits) - 1)
         least = x.amin(dim=1, keepdim=True)
-        step = ((x.amax(dim=1, keepdim=True) - least) / most).clamp(min=_LEAST_SCALE)
+        step = divided(x.amax(dim=1, keepdim=True) - least, most).clamp(min=_LEAST_SCALE)
         codes = ((x - least) / step + 0.5).clamp(0, most).to(torch.uint8)
         return torch.cat((pack_bits(codes, self._bits), as_bytes(torch.cat((step, least), 1).half())), dim=1)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from compressor.device import pick_device
 from compressor.kv.base import KvCodec
 from compressor.kv.formats import FORMATS
 
@@ -81,6 +82,20 @@ def test_slots_do_not_depend_on_their_company(name: str, dtype: torch.dtype) -> 
         assert torch.equal(codec.encode(x[:, :, 300:571]), together[:, :, 300:571])
         strided = x.transpose(1, 2).contiguous().transpose(1, 2)
         assert torch.equal(codec.encode(strided), together)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(pick_device().type == "cpu", reason="compares a GPU with the CPU")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_gpu_stores_the_same_bytes(name: str, head_dim: int) -> None:
+    """Sums whose order a GPU chooses are taken in fp64: slots written there can be read here."""
+    x = _normal(2, 3, 500, head_dim, seed=3).bfloat16()
+    for _, codec in _codecs(name):
+        slots = codec.encode(x)
+        assert torch.equal(codec.encode(x.to(pick_device())).cpu(), slots)
+        there = codec.decode(slots.to(pick_device()), head_dim, torch.float32).cpu()
+        torch.testing.assert_close(there, codec.decode(slots, head_dim, torch.float32), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ERRORS)
