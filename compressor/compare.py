@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from compressor.checkpoint.layout import load_config
@@ -9,7 +11,9 @@ from compressor.checkpoint.sources import From, open_source
 from compressor.data import find
 from compressor.errors import CheckpointError
 from compressor.evals.base import EvalResult, EvalSpec
+from compressor.evals.kv_feed import Mode
 from compressor.progress import Progress
+from compressor.stages.kv_evaluate import check_kv_formats, kv_variants, measure_kv
 
 
 def compare(
@@ -23,6 +27,9 @@ def compare(
     context: int,
     cache: Path,
     progress: Progress,
+    kv: Sequence[str] = (),
+    kv_mode: Mode = "strict",
+    kv_needle: Sequence[int] = (),
 ) -> EvalResult:
     """Perplexity, KL and agreement of ``checkpoint`` against ``source``, both loaded from disk.
 
@@ -36,6 +43,9 @@ def compare(
         context: tokens of one window.
         cache: folder that a Hub source is downloaded to.
         progress: told of everything.
+        kv: KV-cache formats to measure the checkpoint with, against itself with a 16-bit cache.
+        kv_mode: what attention reads of them, see ``evals.kv_feed``.
+        kv_needle: lengths in tokens of texts to hide needles in, for these formats.
 
     Raises:
         UserError: anything that is missing, unreadable or does not fit together.
@@ -44,11 +54,14 @@ def compare(
         raise CheckpointError(
             "no checkpoint: there is no config.json", where=str(checkpoint), fix="name a folder"
         )
+    check_kv_formats(kv)
     found = find(text, what="evaluation text")
     opened = open_source(source, revision=revision, cache=cache, from_=from_)
     import torch
 
+    from compressor.evals.kv import KvSpec
     from compressor.evals.run import evaluate_pair
+    from compressor.evals.text import check_context, tokens_from_text
     from compressor.model.decode import fused_tensors
     from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer
     from compressor.stages.simulated import simulate_activations
@@ -66,9 +79,17 @@ def compare(
             where=error.where,
             fix="name the source that it was made from",
         ) from error
+    variants = kv_variants(result.model.config, kv, kv_mode, progress)
+    for length in kv_needle:
+        check_context(result.model, length)
     result = simulate_activations(result, checkpoint, opened)
     tokenizer = load_tokenizer(checkpoint)
-    return evaluate_pair(load_source_model(opened, torch.float32), result, tokenizer, spec, progress)
+    measured = evaluate_pair(load_source_model(opened, torch.float32), result, tokenizer, spec, progress)
+    if not variants:
+        return measured
+    ids_T = tokens_from_text(tokenizer, spec.text, spec.tokens)
+    kv_spec = KvSpec(context=context, mode=kv_mode, needle_tokens=tuple(kv_needle), seed=spec.seed)
+    return replace(measured, kv=measure_kv(result.model, tokenizer, ids_T, variants, kv_spec, progress))
 
 
 def _kind(checkpoint: Path) -> object:

@@ -10,6 +10,7 @@ from typing import Literal
 import click
 
 from compressor.cli.options import DEFAULT_WORKSPACE, from_option, log_json_option, quiet_option
+from compressor.errors import UserError
 
 
 @click.command(name="eval")
@@ -22,6 +23,20 @@ from compressor.cli.options import DEFAULT_WORKSPACE, from_option, log_json_opti
 @click.option("--text", required=True, help="A UTF-8 text, or .jsonl with a text field.")
 @click.option("--tokens", type=click.IntRange(min=2), help="Tokens of the text to read.  [default: all]")
 @click.option("--context", type=click.IntRange(min=2), default=1024, show_default=True, help="Window tokens.")
+@click.option(
+    "--kv",
+    "kv_formats",
+    metavar="FORMAT[,FORMAT...]",
+    help="Measure CHECKPOINT with these KV-cache formats too.",
+)
+@click.option(
+    "--kv-mode",
+    type=click.Choice(["strict", "vllm"]),
+    help="strict: every key and value as stored; vllm: as vLLM 0.32 reads them.  [default: strict]",
+)
+@click.option(
+    "--kv-needle", metavar="TOKENS[,TOKENS...]", help="Hide needles in texts of these lengths for --kv."
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
 @quiet_option
 @log_json_option
@@ -33,17 +48,25 @@ def command(
     text: str,
     tokens: int | None,
     context: int,
+    kv_formats: str | None,
+    kv_mode: Literal["strict", "vllm"] | None,
+    kv_needle: str | None,
     as_json: bool,
     quiet: bool,
     log_json: bool,
 ) -> None:
     """Measure the folder CHECKPOINT against its source on any text.
 
-    Perplexity of both, KL divergence and top-1 agreement, on the same tokens.
+    Perplexity of both, KL divergence and top-1 agreement, on the same tokens. With --kv also CHECKPOINT with
+    its KV cache in each format against itself with a 16-bit cache.
     """
     from compressor.cli.progress import reporter
     from compressor.compare import compare
 
+    if not kv_formats and (kv_mode or kv_needle):
+        raise UserError(
+            "--kv-mode and --kv-needle say how --kv measures", fix="name formats: --kv FORMAT,FORMAT"
+        )
     with reporter(quiet=quiet, log_json=log_json) as progress:
         result = compare(
             checkpoint,
@@ -55,12 +78,17 @@ def command(
             context=context,
             cache=DEFAULT_WORKSPACE.absolute() / "hub",
             progress=progress,
+            kv=[name.strip() for name in (kv_formats or "").split(",") if name.strip()],
+            kv_mode=kv_mode or "strict",
+            kv_needle=_lengths(kv_needle),
         )
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
         return
     from rich.console import Console
     from rich.table import Table
+
+    from compressor.cli.kv_results import kv_tables
 
     found = result.text
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -85,3 +113,15 @@ def command(
         f"{found.tokens:,} tokens of {result.text_label}, windows of {found.context}, {result.text_dtype}",
         soft_wrap=True,
     )
+    if result.kv:
+        console.print()
+        for measured in kv_tables(result.kv):
+            console.print(measured)
+
+
+def _lengths(words: str | None) -> list[int]:
+    """``512,1024`` as numbers."""
+    try:
+        return [int(word) for word in words.split(",")] if words else []
+    except ValueError as error:
+        raise UserError(f"--kv-needle {words!r} is no list of lengths", fix="for example 512,1024") from error

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from math import comb, sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.evals.kv_record import KvResult
 
 # lm-eval tasks that run offline: each is calibration/NAME/NAME.yaml with its items beside it.
 SHIPPED_TASKS = ("piqa",)
@@ -167,6 +170,7 @@ class EvalResult:
         loaded_via: how the result was read back (``compressor.model.load.LoadedCheckpoint.via``).
         activations_simulated: whether activations were quantized as the scheme says; None where it leaves
             them alone.
+        kv: the result with each KV-cache format that was asked for, against itself with a 16-bit cache.
     """
 
     text: TextResult
@@ -177,9 +181,13 @@ class EvalResult:
     device: str
     loaded_via: str
     activations_simulated: bool | None
+    kv: tuple[KvResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able: the text's figures at the top, then ``tasks`` by name and how it was measured."""
+        """JSON-able: the text's figures at the top, then ``tasks`` by name and how it was measured.
+
+        ``kv`` is a list with a record for each format, empty where none was asked for.
+        """
         return {
             **self.text.to_json(),
             "text": self.text_label,
@@ -189,6 +197,7 @@ class EvalResult:
             "device": self.device,
             "loaded_via": self.loaded_via,
             "activations_simulated": self.activations_simulated,
+            "kv": [measured.to_json() for measured in self.kv],
         }
 
 

@@ -31,7 +31,7 @@ class KvSpec:
         context: tokens of a window of the text.
         mode: what attention reads: see ``kv_feed``.
         prompts: how many windows are continued greedily, from their first half; 0 for none.
-        new_tokens: by how many tokens.
+        new_tokens: by how many tokens, at most the other half of a window.
         needle_tokens: lengths of the texts that needles are hidden in; empty for none.
         needle_depths: at which depths.
         needle_trials: needles of each length and depth.
@@ -119,13 +119,15 @@ def _measure(
         window_T for window_T in split_windows(ids_T, spec.context, first) if len(window_T) == spec.context
     ]
     if spec.prompts and windows:
-        prompts_RT = torch.stack(windows[: spec.prompts])[:, : max(1, spec.context // 2)]
-        total = prompts_RT.shape[0] * (prompts_RT.shape[1] + spec.new_tokens) * (len(variants) + 1)
+        half = spec.context // 2
+        prompts_RT = torch.stack(windows[: spec.prompts])[:, :half]
+        new_tokens = min(spec.new_tokens, spec.context - half)
+        total = len(prompts_RT) * (half + new_tokens) * (len(variants) + 1)
         progress.start("kv generation", total, "tokens")
         generations = compare_generation(
             model,
             prompts_RT,
-            spec.new_tokens,
+            new_tokens,
             variants,
             usual,
             chunk=chunk,

@@ -72,6 +72,10 @@ class NeedleResult:
         trials = sum(cell.trials for cell in self.cells)
         return sum(cell.trials * (cell.logprob - cell.logprob_16bit) for cell in self.cells) / trials
 
+    def at(self, tokens: int) -> NeedleResult:
+        """The same for texts of one length."""
+        return NeedleResult(tuple(cell for cell in self.cells if cell.tokens == tokens))
+
     def to_json(self) -> dict[str, Any]:
         """``relative_score``, ``logprob_change`` and the cells."""
         return {

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from compressor.errors import CheckpointError, UserError
+from compressor.kv.base import KvFormat
 from compressor.kv.layer import LayerCodecs, Mode, PackedLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["LayerCodecs", "Mode", "PackedCache", "full_attention_layers"]
+__all__ = ["LayerCodecs", "Mode", "PackedCache", "full_attention_layers", "uniform_layers"]
 
 _ENGINE_BYTES = 2  # of an element of keys and values that are not packed
 
@@ -107,6 +108,39 @@ def full_attention_layers(config: PreTrainedConfig) -> list[int]:
         for number, layer in enumerate(DynamicCache(config=config).layers)
         if type(layer) is DynamicLayer
     ]
+
+
+def uniform_layers(config: PreTrainedConfig, kv_format: KvFormat) -> dict[int, LayerCodecs]:
+    """One format for every layer that can be packed, but for those that vLLM keeps in 16 bit for it.
+
+    vLLM 0.32 counts decoder blocks of every kind, and spares at most half of them
+    (model_executor/layers/quantization/turboquant/config.py, ``get_boundary_skip_layers``).
+
+    Raises:
+        CheckpointError: multi-head latent attention.
+        UserError: no layer has full attention, the format is fitted, or it cannot hold heads of this size.
+    """
+    layers = full_attention_layers(config)
+    if not layers:
+        raise UserError(
+            f"no layer of this model has full attention: {kv_format.name} would store nothing",
+            fix="leave the KV cache of this model in 16 bit",
+        )
+    if kv_format.make is None:
+        raise UserError(
+            f"{kv_format.name} is fitted to a model: it has no codecs of its own", fix="name its plan"
+        )
+    head_dim = _head_dim(config)
+    problem = head_dim and kv_format.problem(head_dim)
+    if problem:
+        raise UserError(problem, fix="name a format that holds such heads")
+    blocks = config.get_text_config(decoder=True).num_hidden_layers
+    hybrid = any(
+        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers
+    )
+    spared = 0 if hybrid else min(kv_format.skips_ends, blocks // 2)
+    keys, values = kv_format.make()
+    return {number: LayerCodecs(keys, values) for number in layers if spared <= number < blocks - spared}
 
 
 def _head_dim(config: PreTrainedConfig) -> int | None:
