@@ -13,6 +13,8 @@
                                         GPTQ by the layer, on random models of real layer shapes
     python scripts/bench.py off-grid --train FILE
                                         fine-tunes the model, so that its weights leave their 4-bit grid
+    python scripts/bench.py kv --needle 512 1024
+                                        KV-cache formats: quality against bits, table and plot
 
 Each measurement runs in a process of its own, ours and theirs alternating; medians and spread go to
 ``bench/results/*.json`` and, as a Markdown table, to stdout. Times are those of this machine: quote ratios.
@@ -30,7 +32,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from compressor.kv.formats import FORMATS  # noqa: E402
 from scripts.benchmarks.calibrated import calibrated  # noqa: E402
+from scripts.benchmarks.kv import MODES, kv  # noqa: E402
 from scripts.benchmarks.layers import layers  # noqa: E402
 from scripts.benchmarks.off_grid import off_grid  # noqa: E402
 from scripts.benchmarks.plan import plan  # noqa: E402
@@ -48,6 +52,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "calibrated": calibrated,
     "layers": layers,
     "off-grid": off_grid,
+    "kv": kv,
 }
 # Tokens of text: the calibrated table has many rows.
 TOKENS = {"calibrated": 16384, "layers": 16384, "off-grid": 16384}
@@ -101,6 +106,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--step-tokens", type=_count, default=8192, help="tokens of a step")
     group.add_argument("--rate", type=float, default=5e-5, help="largest learning rate")
     group.add_argument("--folder", type=Path, help="for the tuned model, instead of WORK/off-grid")
+    group = parser.add_argument_group("kv, in windows of --length tokens")
+    group.add_argument("--formats", nargs="+", choices=list(FORMATS), metavar="FORMAT", help="instead of all")
+    group.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="what is read of them")
+    group.add_argument(
+        "--needle", nargs="+", type=_count, metavar="TOKENS", help="hide needles in such texts"
+    )
     options = parser.parse_args(words)
     if options.benchmark is None:
         if options.peers is None:

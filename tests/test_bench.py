@@ -13,6 +13,7 @@ import yaml
 from compressor.checkpoint.folder import FolderSource
 from scripts.bench import parse, result_name
 from scripts.benchmarks.calibrated import Bench, _row
+from scripts.benchmarks.kv import render_kv
 from scripts.benchmarks.layers import layer_timing, render_layers
 from scripts.benchmarks.ours import recipe_text
 from scripts.benchmarks.process import (
@@ -451,3 +452,28 @@ def test_what_a_process_holds_is_measured() -> None:
     code = "import time; held = bytearray(300_000_000); time.sleep(0.5); del held; time.sleep(0.2)"
     found = measured([sys.executable, "-c", code])
     assert 300e6 < found["peak_anonymous_bytes"] < 340e6
+
+
+def test_the_kv_table_has_a_row_for_each_format() -> None:
+    """Widest first; needles and generation may be missing."""
+    options = parse(["kv", "--formats", "fp8", "bf16", "--needle", "512"])
+    assert (options.formats, options.modes, options.needle) == (["fp8", "bf16"], ["strict", "vllm"], [512])
+    assert (result_name(options), options.tokens, options.length) == ("kv", 65536, 1024)
+    record = {
+        "format": "fp8",
+        "tier": "vllm",
+        "mode": "strict",
+        "bits": 8.0,
+        "bytes_per_token": 11520.0,
+        "peak_bytes": 100,
+        "perplexity": {"increase": 0.01, "increase_ci95": [0.005, 0.015]},
+        "kl": {"mean": 0.01, "p999": 0.1},
+        "top1_agreement": 0.95,
+        "generation": {"until_divergence": 11.0, "new_tokens": 128},
+        "needle": {"relative_score": None, "logprob_change": -0.25},
+    }
+    bare = record | {"format": "bf16", "bits": 16.0, "needle": None, "generation": None, "tier": "own"}
+    lines = render_kv([record, bare]).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| bf16 | own cache | 16.00 | 11,520 | 100 | +1.00% | +0.50% to +1.50% |")
+    assert lines[3].endswith("| 95.00% | 11.0 |  | -0.250 |")
