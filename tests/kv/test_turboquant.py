@@ -136,6 +136,17 @@ def test_outlier_channels_help_where_channels_differ() -> None:
     assert torch.equal(chosen.encode(x[:, :, 7:8]), chosen.encode(x)[:, :, 7:8])
 
 
+@pytest.mark.parametrize("codec", [TurboMseCodec(4), TurboProdCodec(4), TurboSplitCodec(3)])
+def test_norms_stop_at_the_largest_of_fp16(codec: TurboMseCodec | TurboProdCodec | TurboSplitCodec) -> None:
+    """A longer vector is read shorter, in its own direction, not as infinities."""
+    x = 1e6 * _unit(5, 64)
+    read = _round_trip(codec, x)
+    assert bool(read.isfinite().all())
+    similarity = torch.nn.functional.cosine_similarity(read, x, dim=-1)
+    assert float(similarity.min()) > 0.95
+    assert float(read.norm(dim=-1).max()) < 1.1 * 65504
+
+
 def test_faults_of_options() -> None:
     """What a plan's file may claim is checked before anything is stored."""
     with pytest.raises(ValueError, match="2 to 4 bits, not 1"):
