@@ -11,4 +11,6 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest -m "$marks" "$@"
+# Two processes of one thread each; the tests of a file share fixtures.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+.venv/bin/python -m pytest -m "$marks" -n 2 --dist loadfile "$@"

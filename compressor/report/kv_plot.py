@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
-from math import ceil, floor, log10
-from typing import Any
+from io import StringIO
+from typing import TYPE_CHECKING, Any
 
-_WIDTH, _HEIGHT = 760, 420
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 170, 16, 44
-_LABEL_GAP = 12
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_INCHES = (8.4, 4.8)
+_LABEL_GAP = 9.0  # points between the lines of two names
+_LABEL_WIDTH = 115.0  # points that the longest name takes
 _TIERS = {"vllm": "#2563eb", "own": "#d97706", "research": "#059669"}
+_SERVED = {"vllm": "vLLM 0.32", "own": "own cache", "research": "own cache, fitted"}
 # Below this a KL is rounding: two float32 passes in another order.
 _LEAST_KL = 1e-6
 
@@ -23,67 +26,58 @@ def quality_svg(records: Sequence[Mapping[str, Any]]) -> str:
             less than a millionth of a nat (16 bit itself) are left out.
 
     Returns:
-        The text of one ``<svg>`` element, with every label escaped; empty where nothing is left to draw.
+        The text of one ``<svg>`` element, the same for the same records; empty where nothing is left to draw.
     """
+    # Slow to import, and needed by few commands.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     points = [
-        (
-            float(record["bits"]),
-            float(record["kl"]["mean"]),
-            str(record["format"]),
-            str(record.get("tier", "")),
-        )
+        (record["bits"], record["kl"]["mean"], record["format"], record.get("tier", "vllm"))
         for record in records
         if record["kl"]["mean"] > _LEAST_KL
     ]
     if not points:
         return ""
-    most_bits = ceil(max(bits for bits, *_ in points))
-    low, high = floor(log10(min(kl for _, kl, *_ in points))), ceil(log10(max(kl for _, kl, *_ in points)))
-    high += high == low
-
-    def across(bits: float) -> float:
-        return _LEFT + bits / most_bits * (_WIDTH - _LEFT - _RIGHT)
-
-    def down(kl: float) -> float:
-        return _TOP + (high - log10(kl)) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        'aria-label="mean KL against bits of each KV-cache format" font-family="sans-serif" font-size="11">'
-    ]
-    for bits in range(most_bits + 1):
-        parts.append(_line(across(bits), _TOP, across(bits), _HEIGHT - _BOTTOM))
-        parts.append(_text(across(bits), _HEIGHT - _BOTTOM + 16, str(bits), anchor="middle"))
-    for decade in range(low, high + 1):
-        parts.append(_line(_LEFT, down(10.0**decade), _WIDTH - _RIGHT, down(10.0**decade)))
-        parts.append(_text(_LEFT - 6, down(10.0**decade) + 4, f"{10.0**decade:g}", anchor="end"))
-    parts.append(
-        _text(across(most_bits / 2), _HEIGHT - 8, "bits of an element, everything counted", anchor="middle")
-    )
-    parts.append(_text(4, _TOP - 4, "mean KL, nats"))
-    parts += _points([(across(bits), down(kl), name, tier) for bits, kl, name, tier in points])
-    return "\n".join([*parts, "</svg>"])
+    with rc_context({"svg.hashsalt": "kv", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        for tier, colour in _TIERS.items():
+            of_tier = [(bits, kl) for bits, kl, _, found in points if found == tier]
+            if of_tier:
+                bits, kls = zip(*of_tier, strict=True)
+                axes.scatter(bits, kls, s=22, color=colour, label=_SERVED[tier], gid=f"tier-{tier}")
+        axes.set_yscale("log")
+        axes.set_xlim(0, max(bits for bits, *_ in points) + 2.5)
+        axes.set_xlabel("bits of an element, scales and norms counted")
+        axes.set_ylabel("mean KL against a 16-bit cache, nats")
+        axes.grid(color="#e5e7eb")
+        axes.legend(loc="lower left")
+        figure.draw_without_rendering()  # names are placed by where the points lie
+        _name_points(axes, points)
+        drawn = StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    # What goes before the element is not allowed inside a page.
+    return drawn.getvalue()[drawn.getvalue().index("<svg") :].strip()
 
 
-def _points(points: Sequence[tuple[float, float, str, str]]) -> list[str]:
-    """Dots, each with its name to the right, moved down where the name before it is too near."""
-    parts, taken = [], []
-    for x, y, name, tier in sorted(points, key=lambda point: point[1]):
-        label = y + 4
-        near = [
-            other for place, other in taken if abs(place - x) < _RIGHT - 20 and other + _LABEL_GAP > label
-        ]
-        label = max([label, *(other + _LABEL_GAP for other in near)])
+def _name_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Each point's name to its right, moved down where the one before it is too near."""
+    scale = 72 / axes.figure.dpi
+    at = [(axes.transData.transform(point[:2]) * scale, point) for point in points]
+    taken: list[tuple[float, float]] = []
+    for (x, y), (bits, kl, name, tier) in sorted(at, key=lambda point: -point[0][1]):
+        near = [other for place, other in taken if abs(place - x) < _LABEL_WIDTH and other - _LABEL_GAP < y]
+        label = min([y, *(other - _LABEL_GAP for other in near)])
         taken.append((x, label))
-        colour = _TIERS.get(tier, "#374151")
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-        parts.append(_text(x + 8, label, name, colour=colour))
-    return parts
-
-
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#e5e7eb"/>'
-
-
-def _text(x: float, y: float, words: str, *, anchor: str = "start", colour: str = "#374151") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
+        written = axes.annotate(
+            # A dollar sign would begin a formula.
+            name.replace("$", r"\$"),
+            (bits, kl),
+            xytext=(6, label - y),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=_TIERS.get(tier, "#374151"),
+        )
+        written.set_in_layout(False)  # the axes were laid out for the points
