@@ -119,8 +119,8 @@ def _wrapped(kernel: _Kernel | None, inside: set[int], hear: Hear) -> _Kernel:
             return run(module, query, key, value, attention_mask, **options)
         if key.shape != value.shape or query.shape[1] % key.shape[1]:
             raise CheckpointError(
-                f"layer {layer}: keys {list(key.shape)} and values {list(value.shape)} differ in shape, so no "
-                "KV format applies"
+                f"layer {layer}: keys {list(key.shape)} and values {list(value.shape)} differ in shape, "
+                "so no KV format applies"
             )
 
         def attend(other_key: torch.Tensor, other_value: torch.Tensor) -> torch.Tensor:
