@@ -30,7 +30,7 @@ def pair_scales(query_HDD: torch.Tensor, key_HDD: torch.Tensor) -> torch.Tensor:
     assert query_HDD.shape == key_HDD.shape
     assert head_dim % 2 == 0
     query_HP, key_HP = (
-        moments.double().diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, head_dim // 2)).sum(-2)
+        moments.double().diagonal(dim1=-2, dim2=-1).reshape(-1, 2, head_dim // 2).sum(-2)
         for moments in (query_HDD, key_HDD)
     )
     # A pair that is never used, or always zero, has no say.

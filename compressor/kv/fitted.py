@@ -112,7 +112,7 @@ class FittedCodec(KvCodec):
         x_NE = x_BHTD.transpose(1, 2).reshape(batch * tokens, heads * head_dim).float()
         y_NC = (x_NE - self._mean_E) @ self._forward_EC
         rows = max(1, _CHUNK_BYTES // (4 * CENTROIDS * self._token_bytes))
-        chunks = [self._nearest(chunk_NC) for chunk_NC in y_NC.split(rows)]
+        chunks = [self._nearest(chunk_NC) for chunk_NC in torch.split(y_NC, rows)]
         codes_NG = torch.cat(chunks) if chunks else y_NC.new_zeros(0, self._token_bytes, dtype=torch.uint8)
         slot = self._token_bytes // heads
         return codes_NG.view(batch, tokens, heads, slot).transpose(1, 2).contiguous()
