@@ -36,7 +36,7 @@ class SideStatistics:
         self._most_rows = most_rows
         self._rows: list[torch.Tensor] = []
         self._counts: list[torch.Tensor] = []
-        self._kept = 0
+        self._kept = self._seen = 0
 
     @property
     def rows_NE(self) -> torch.Tensor:
@@ -64,7 +64,8 @@ class SideStatistics:
         if g_NE is not None:
             self.metric_EE += (g_NE.T @ g_NE).double().cpu()
             self.tokens += len(g_NE)
-        kept_N = torch.arange(self._kept % stride, len(x_NE), stride)[: self._most_rows - self._kept]
+        first = -self._seen % stride
+        kept_N = torch.arange(first, max(first, len(x_NE)), stride)[: self._most_rows - self._kept]
         rows_NE = x_NE[kept_N].cpu()
         # float16 holds what models compute in bfloat16, but for outliers that it would make infinite.
         self._rows.append(rows_NE.clamp(-65504, 65504).half())
@@ -72,6 +73,7 @@ class SideStatistics:
             torch.ones(len(kept_N)) if g_NE is None else g_NE[kept_N].square().sum(-1).float().cpu()
         )
         self._kept += len(kept_N)
+        self._seen += len(x_NE)
 
     def try_codecs(
         self, x_BHTD: torch.Tensor, gradient_BHTD: torch.Tensor, codecs: Mapping[str, KvCodec]

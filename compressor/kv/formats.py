@@ -52,6 +52,10 @@ def _plain(head_dim: int, bits: int, extra: int) -> int:
     return code_bytes(head_dim, bits) + extra
 
 
+def _fitted(head_dim: int, bits: float) -> int:
+    return int(head_dim * bits / 8)
+
+
 def _nvfp4(head_dim: int) -> int:
     return code_bytes(head_dim, 4) + head_dim // NVFP4_BLOCK
 
@@ -225,6 +229,18 @@ def _own_formats() -> Iterator[KvFormat]:
         )
 
 
+def _research_formats() -> Iterator[KvFormat]:
+    for bits in (2.5, 3.5):
+        yield KvFormat(
+            f"fitted_{bits}bit",
+            "research",
+            # The mean over layers, keys and values: fitting shares out bytes by what they are worth.
+            *_both(partial(_fitted, bits=bits)),
+            make=None,
+            note="codebooks fitted to the model's texts; bytes differ from layer to layer",
+        )
+
+
 class KvFormats(Mapping[str, KvFormat]):
     """Name -> format: the built-in ones, then those that other packages add (entry points).
 
@@ -293,4 +309,4 @@ def _fault(point: EntryPoint, what: str) -> UserError:
     )
 
 
-FORMATS = KvFormats((*_vllm_formats(), *_own_formats()))
+FORMATS = KvFormats((*_vllm_formats(), *_own_formats(), *_research_formats()))

@@ -140,8 +140,9 @@ class KvPlan:
                 entry[side] = codec and {"kind": codec.kind, "options": dict(codec.options())}
                 if codec is not None:
                     for name, tensor in codec.tensors().items():
-                        tensors[f"{index}.{side}.{name}"] = tensor.detach().cpu().contiguous()
+                        tensors[f"{index}.{side}.{name}"] = tensor.detach().cpu().contiguous().clone()
             layers.append(entry)
+        (folder / TENSORS_NAME).unlink(missing_ok=True)
         if tensors:
             save_file(tensors, folder / TENSORS_NAME)
         windows = {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}

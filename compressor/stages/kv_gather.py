@@ -90,8 +90,8 @@ def gather_whole(
             logits_TV = model(ids_T[None].to(device), use_cache=False).logits[0].float()
             labels_T = torch.multinomial(logits_TV.detach().softmax(-1), 1, generator=drawn)[:, 0]
             loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
+            _check_all_heard(calls, wanted, source)
             torch.autograd.backward(loss)
-        _check_all_heard(calls, wanted, source)
         for index, (call, key, value) in calls.items():
             layer = _layer_of(gathered, index, call, wanted)
             sides = ((layer.keys, key), (layer.values, value))
@@ -194,7 +194,7 @@ def _projection(attention: nn.Module, width: int) -> torch.Tensor | None:
     for name in _OUTPUTS:
         found = getattr(attention, name, None)
         if isinstance(found, nn.Linear) and found.weight.shape[1] == width:
-            return found.weight
+            return found.weight.detach()
     return None
 
 

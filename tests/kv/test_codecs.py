@@ -47,8 +47,8 @@ def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_all_formats_are_here() -> None:
-    """The table above is complete."""
-    assert set(ERRORS) == set(FORMATS)
+    """The table above is complete, but for what has to be fitted."""
+    assert set(ERRORS) == {name for name, form in FORMATS.items() if form.make is not None}
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

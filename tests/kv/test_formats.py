@@ -35,6 +35,8 @@ SLOT_BYTES = {
     "turboquant_prod_4bit": (70, 134, 262),
     "turboquant_2.5bit": (40, 80, 152),
     "turboquant_3.5bit": (56, 112, 216),
+    "fitted_2.5bit": (40, 80, 160),
+    "fitted_3.5bit": (56, 112, 224),
 }
 
 
