@@ -21,7 +21,6 @@ class SideStatistics:
         most_rows: tokens kept for centroids and covariance, at most.
 
     Attributes:
-        largest_H: fp32, the largest magnitude in each head.
         metric_EE: fp64, sum over tokens of g g, with g the loss's gradient.
         tokens: that were heard with gradients.
         errors: name of a codec -> sum over tokens of what it does to the loss; see ``try_codecs``.
@@ -29,7 +28,6 @@ class SideStatistics:
 
     def __init__(self, heads: int, head_dim: int, most_rows: int) -> None:
         elements = heads * head_dim
-        self.largest_H = torch.zeros(heads)
         self.metric_EE = torch.zeros(elements, elements, dtype=torch.float64)
         self.tokens = 0
         self.errors: dict[str, float] = {}
@@ -54,11 +52,9 @@ class SideStatistics:
         Args:
             x_BHTD: from the first token of each sequence on.
             gradient_BHTD: of the sum of the losses of all tokens; None where it is not known.
-            sink: so many first tokens are neither kept nor counted: they are stored in 16 bit. They count
-                for ``largest_H``, because engines store them like others.
+            sink: so many first tokens are neither kept nor counted: they are stored in 16 bit.
             stride: every so many tokens one is kept.
         """
-        self.largest_H = torch.maximum(self.largest_H, x_BHTD.abs().amax((0, 2, 3)).float().cpu())
         x_NE = _flat(x_BHTD[:, :, sink:])
         g_NE = None if gradient_BHTD is None else _flat(gradient_BHTD[:, :, sink:])
         if g_NE is not None:
@@ -96,7 +92,6 @@ class LayerStatistics:
         keys: after rotary positions.
         values: as they are.
         query_HDD: fp64, sum over tokens and the query heads of each KV head of q q.
-        key_HDD: fp64, sum over tokens of k k.
     """
 
     def __init__(self, heads: int, head_dim: int, most_rows: int) -> None:
@@ -104,15 +99,13 @@ class LayerStatistics:
         self.keys = SideStatistics(heads, head_dim, most_rows)
         self.values = SideStatistics(heads, head_dim, most_rows)
         self.query_HDD = torch.zeros(heads, head_dim, head_dim, dtype=torch.float64)
-        self.key_HDD = torch.zeros_like(self.query_HDD)
 
-    def add_queries(self, query_BQTD: torch.Tensor, key_BHTD: torch.Tensor) -> None:
-        """Hears queries beside the keys that they read."""
-        for moments, x in ((self.query_HDD, query_BQTD), (self.key_HDD, key_BHTD)):
-            batch, heads, tokens, head_dim = x.shape
-            shape = (batch, self.heads, heads // self.heads * tokens, head_dim)
-            rows = x.detach().reshape(shape).transpose(0, 1).flatten(1, 2).float()
-            moments += (rows.mT @ rows).double().cpu()
+    def add_queries(self, query_BQTD: torch.Tensor) -> None:
+        """Hears the queries of a pass."""
+        batch, heads, tokens, head_dim = query_BQTD.shape
+        shape = (batch, self.heads, heads // self.heads * tokens, head_dim)
+        rows = query_BQTD.detach().reshape(shape).transpose(0, 1).flatten(1, 2).float()
+        self.query_HDD += (rows.mT @ rows).double().cpu()
 
 
 def _flat(x_BHTD: torch.Tensor) -> torch.Tensor:

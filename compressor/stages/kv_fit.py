@@ -1,6 +1,6 @@
-"""Chooses how the KV cache is stored, layer by layer, and fits what can be fitted: the plan and its numbers.
+"""Chooses how the KV cache is stored, layer by layer, and fits what can be fitted.
 
-Legend: N sequences, T tokens, H KV heads, D head_dim, E = H * D, P = D / 2.
+Legend: N sequences, T tokens, H KV heads, D head_dim, E = H * D.
 """
 
 from __future__ import annotations
@@ -19,19 +19,15 @@ from compressor.kv.allocate import Candidate, allocate, allocate_servable
 from compressor.kv.base import KvCodec, KvFormat
 from compressor.kv.cache import full_attention_layers
 from compressor.kv.fit_codec import Coordinates, expected_errors, find_coordinates, fit_codec, token_weights
-from compressor.kv.fit_pairs import pair_scales
 from compressor.kv.fit_statistics import LayerStatistics, SideStatistics
 from compressor.kv.formats import FORMATS
-from compressor.kv.fp8 import Fp8Codec
-from compressor.kv.plan import BF16, ENGINE_BYTES, KvPlan, LayerPlan
+from compressor.kv.plan import BF16, KvPlan, LayerPlan
 from compressor.kv.spec import AUTO, KvSpec
 from compressor.model.attention_heard import check_hearable
 from compressor.model.skeleton import build_skeleton
-from compressor.numerics.fp8 import E4M3_MAX
 from compressor.progress import Progress
 from compressor.stages.kv_gather import Gathered, Wanted, gather_blocks, gather_whole
 
-STATISTICS_NAME = "kv_statistics.safetensors"
 FITTED = "fitted"
 
 _MOST_ROWS = 65536  # of a layer and side: 256 for each centroid
@@ -48,18 +44,12 @@ class FittedKv:
 
     Attributes:
         plan: written to ``kv_plan.json`` and ``kv_plan.safetensors``.
-        facts: numbers for the report: how errors were measured, expected error, bytes, bits, by layer.
-        key_largest: layer -> fp32 [H], the largest magnitude of the keys; over 448, an e4m3 scale. Written to
-            ``kv_statistics.safetensors`` with the two others; empty where nothing was calibrated.
-        value_largest: the same of the values.
-        pair_scales: layer -> fp64 [H, P], see ``kv.fit_pairs``; only layers with an even head_dim.
+        facts: for the report: ``error_of``, what errors are of (``loss`` in nats a token, or ``attention
+            output`` relative to itself), ``expected_error``, the sum over layers, and ``tokens_heard``.
     """
 
     plan: KvPlan
     facts: dict[str, Any]
-    key_largest: dict[int, torch.Tensor]
-    value_largest: dict[int, torch.Tensor]
-    pair_scales: dict[int, torch.Tensor]
 
 
 def fit_kv(
@@ -74,16 +64,17 @@ def fit_kv(
 
     Args:
         source: the checkpoint whose cache it is, with whatever is folded into its weights.
-        spec: what is asked for.
-        ids_NT: calibration tokens, int64; not read without ``spec.calibrate``.
+        spec: format ``auto``, or tier ``research``; other formats need no fit.
+        ids_NT: calibration tokens, int64.
         folder: exists.
         progress: told the tokens heard.
         device: that computes.
 
     Raises:
         CheckpointError: latent attention, or attention that cannot be heard.
-        UserError: a budget below the smallest choice, or a format that the heads do not allow.
+        UserError: no budget, or one below the smallest choice.
     """
+    assert spec.format == AUTO or spec.tier == "research", "a named format is not chosen"
     check_hearable(source)
     config = build_skeleton(source).config
     layers = full_attention_layers(config)
@@ -91,21 +82,25 @@ def fit_kv(
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     shape = _Shape(tuple(layers), heads, head_dim, dense=len(layers) == text.num_hidden_layers)
-    gathered = None
-    if spec.calibrate:
-        gathered = _gather(source, _wanted(spec, shape), ids_NT, device, progress)
-    plan, error = _chosen(spec, shape, gathered, min(_TRIED, len(ids_NT)) * ids_NT.shape[-1], progress)
+    budget = _budget(spec, shape)
+    gathered = _gather(source, _wanted(spec, shape), ids_NT, device, progress)
+    windows = {"sink_tokens": spec.sink_tokens, "recent_tokens": spec.recent_tokens}
+    if spec.tier == "research":
+        layers_of, error = _research(budget, shape, gathered, progress)
+        plan = KvPlan(layers_of, **windows)
+    else:
+        choose = _servable if spec.tier == "vllm" else _own
+        tried = min(_TRIED, len(ids_NT)) * ids_NT.shape[-1]
+        layers_of, error = choose(_tried(spec, shape), _costs(gathered, tried), shape, budget)
+        # vLLM has neither sinks nor recent windows.
+        plan = KvPlan(layers_of) if spec.tier == "vllm" else KvPlan(layers_of, **windows)
     plan.write(folder)
-    heard = gathered.layers if gathered is not None else {}
-    made = FittedKv(
-        plan,
-        _facts(plan, gathered, error),
-        {index: layer.keys.largest_H for index, layer in heard.items()},
-        {index: layer.values.largest_H for index, layer in heard.items()},
-        {i: pair_scales(x.query_HDD, x.key_HDD) for i, x in heard.items() if head_dim % 2 == 0},
-    )
-    _write_statistics(made, folder)
-    return made
+    facts = {
+        "error_of": "loss" if gathered.gradients else "attention output",
+        "expected_error": error,
+        "tokens_heard": gathered.tokens,
+    }
+    return FittedKv(plan, facts)
 
 
 @dataclass(frozen=True)
@@ -163,38 +158,24 @@ def _gather(
     return gather_blocks(source, ids_NT, wanted, device, progress)
 
 
-def _chosen(
-    spec: KvSpec, shape: _Shape, gathered: Gathered | None, tried_tokens: int, progress: Progress
-) -> tuple[KvPlan, float | None]:
-    """The plan, and the expected error of an allocation."""
-    windows = {"sink_tokens": spec.sink_tokens, "recent_tokens": spec.recent_tokens}
-    if spec.tier == "research":
-        if gathered is None:
-            raise UserError("fitted KV formats need texts", fix="set kv_cache.calibrate: true")
-        layers, error = _research(_budget(spec, shape), shape, gathered, progress)
-        return KvPlan(layers, **windows), error
-    if spec.format != AUTO:
-        return KvPlan(_named(spec, shape, gathered), **windows), None
-    if gathered is None:
-        raise UserError("format: auto measures formats on texts", fix="set kv_cache.calibrate: true")
-    formats = _tried(spec, shape)
-    costs = {
-        index: tuple({n: e / tried_tokens for n, e in side.errors.items()} for side in (x.keys, x.values))
-        for index, x in gathered.layers.items()
+_Costs = Mapping[int, tuple[dict[str, float], dict[str, float]]]
+
+
+def _costs(gathered: Gathered, tokens: int) -> _Costs:
+    """Layer -> format -> what its keys, and its values, do to each of so many tokens."""
+    return {
+        index: (
+            {name: error / tokens for name, error in layer.keys.errors.items()},
+            {name: error / tokens for name, error in layer.values.errors.items()},
+        )
+        for index, layer in gathered.layers.items()
     }
-    budget = _budget(spec, shape)
-    if spec.tier == "vllm":
-        return _servable(formats, costs, shape, budget)
-    return _own(formats, costs, shape, budget, windows)
-
-
-_Costs = Mapping[int, tuple[dict[str, float], ...]]
 
 
 def _servable(
     formats: Mapping[str, KvFormat], costs: _Costs, shape: _Shape, budget: int
-) -> tuple[KvPlan, float]:
-    """One format for vLLM, and skipped layers; vLLM has neither sinks nor recent windows."""
+) -> tuple[dict[int, LayerPlan], float]:
+    """One format for vLLM, and skipped layers."""
     size = {name: shape.heads * form.slot_bytes(shape.head_dim) for name, form in formats.items()}
     options = {
         index: {name: Candidate(name, size[name], keys[name] + values[name]) for name in formats}
@@ -206,12 +187,12 @@ def _servable(
     keys, values = _codecs({found.format: formats[found.format]})
     packed = LayerPlan(found.format, shape.heads, shape.head_dim, keys[found.format], values[found.format])
     layers = {index: shape.plain if index in found.skipped else packed for index in shape.layers}
-    return KvPlan(layers), found.allocation.cost
+    return layers, found.allocation.cost
 
 
 def _own(
-    formats: Mapping[str, KvFormat], costs: _Costs, shape: _Shape, budget: int, windows: dict[str, int]
-) -> tuple[KvPlan, float]:
+    formats: Mapping[str, KvFormat], costs: _Costs, shape: _Shape, budget: int
+) -> tuple[dict[int, LayerPlan], float]:
     """Any format's keys with any format's values in each layer, or 16 bit."""
     key_codecs, value_codecs = _codecs(formats)
     options = {}
@@ -237,31 +218,7 @@ def _own(
             if not value
             else LayerPlan(name, shape.heads, shape.head_dim, key_codecs[key], value_codecs[value])
         )
-    return KvPlan(layers, **windows), allocation.cost
-
-
-def _named(spec: KvSpec, shape: _Shape, gathered: Gathered | None) -> dict[int, LayerPlan]:
-    """One format for all layers but those that vLLM keeps; fp8 with scales where texts were heard."""
-    form = FORMATS.find(spec.format)
-    problem = form.problem(shape.head_dim)
-    if problem is not None or form.make is None:
-        raise UserError(problem or f"{form.name} is a format of tier research", where="kv_cache.format")
-    kept = shape.layers if form.name == BF16 else shape.forced(form)
-    layers = {}
-    for index in shape.layers:
-        keys, values = form.make()
-        if form.name == "fp8" and gathered is not None:
-            heard = gathered.layers[index]
-            keys, values = (Fp8Codec(_fp8_scale(side)) for side in (heard.keys, heard.values))
-        packed = LayerPlan(form.name, shape.heads, shape.head_dim, keys, values)
-        layers[index] = shape.plain if index in kept else packed
-    return layers
-
-
-def _fp8_scale(side: SideStatistics) -> torch.Tensor:
-    """fp32 []: one scale for the layer, so that its largest magnitude is e4m3's."""
-    largest = side.largest_H.max()
-    return largest / E4M3_MAX if largest > 0 else torch.ones(())
+    return layers, allocation.cost
 
 
 def _research(
@@ -325,42 +282,3 @@ def _budget(spec: KvSpec, shape: _Shape) -> int:
     if spec.format == AUTO:
         raise UserError("format: auto needs a budget", where="kv_cache.budget")
     return len(shape.layers) * shape.heads * FORMATS.find(spec.format).slot_bytes(shape.head_dim)
-
-
-def _facts(plan: KvPlan, gathered: Gathered | None, error: float | None) -> dict[str, Any]:
-    return {
-        "token_bytes": plan.token_bytes,
-        "bits": plan.bits,
-        "tokens_heard": gathered.tokens if gathered is not None else 0,
-        "error_of": None if gathered is None else "loss" if gathered.gradients else "attention output",
-        "expected_error": error,
-        "layers": [
-            {
-                "layer": index,
-                "format": layer.format,
-                "key_bytes": _side_bytes(layer.keys, layer),
-                "value_bytes": _side_bytes(layer.values, layer),
-            }
-            for index, layer in sorted(plan.layers.items())
-        ],
-    }
-
-
-def _side_bytes(codec: KvCodec | None, layer: LayerPlan) -> int:
-    return layer.head_dim * ENGINE_BYTES if codec is None else codec.slot_bytes(layer.head_dim)
-
-
-def _write_statistics(made: FittedKv, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {
-        f"{index}.{name}": tensor.float().contiguous()
-        for name, of in (
-            ("key_largest", made.key_largest),
-            ("value_largest", made.value_largest),
-            ("pair_scales", made.pair_scales),
-        )
-        for index, tensor in of.items()
-    }
-    if tensors:
-        save_file(tensors, folder / STATISTICS_NAME)

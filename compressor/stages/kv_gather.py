@@ -218,7 +218,7 @@ def _layer_of(gathered: Gathered, index: int, call: HeardAttention, wanted: Want
     """The layer's statistics, which hear the call's queries."""
     _, heads, _, head_dim = call.key_BHTD.shape
     layer = gathered.layers.setdefault(index, LayerStatistics(heads, head_dim, wanted.most_rows))
-    layer.add_queries(call.query_BQTD, call.key_BHTD)
+    layer.add_queries(call.query_BQTD)
     return layer
 
 

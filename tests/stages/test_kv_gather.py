@@ -46,7 +46,7 @@ def heard_plainly(folder: Path) -> dict[int, HeardAttention]:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_sums(whole: bool, tmp_path: Path) -> None:
-    """Ranges, second moments and kept tokens are those of all sequences."""
+    """Second moments and kept tokens are those of all sequences."""
     source = FolderSource(tiny_llama(tmp_path))
     gather = gather_whole if whole else gather_blocks
     gathered = gather(source, IDS_NT, wanted(sink=2), CPU, Silent())
@@ -54,8 +54,6 @@ def test_sums(whole: bool, tmp_path: Path) -> None:
     assert gathered.tokens == 96
     for index, call in heard_plainly(tmp_path).items():
         layer = gathered.layers[index]
-        assert torch.allclose(layer.keys.largest_H, call.key_BHTD.abs().amax((0, 2, 3)), rtol=1e-5)
-        assert torch.allclose(layer.values.largest_H, call.value_BHTD.abs().amax((0, 2, 3)), rtol=1e-5)
         rows_NE = call.key_BHTD[:, :, 2:].transpose(1, 2).flatten(2).flatten(0, 1)
         # Kept in float16.
         torch.testing.assert_close(layer.keys.rows_NE, rows_NE, rtol=1e-3, atol=1e-3)
