@@ -75,25 +75,9 @@ def fit_kv(
         UserError: no budget, or one below the smallest choice.
     """
     assert spec.format == AUTO or spec.tier == "research", "a named format is not chosen"
-    check_hearable(source)
-    config = build_skeleton(source).config
-    layers = full_attention_layers(config)
-    text = config.get_text_config(decoder=True)
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    shape = _Shape(tuple(layers), heads, head_dim, dense=len(layers) == text.num_hidden_layers)
-    budget = _budget(spec, shape)
-    gathered = _gather(source, _wanted(spec, shape), ids_NT, device, progress)
-    windows = {"sink_tokens": spec.sink_tokens, "recent_tokens": spec.recent_tokens}
-    if spec.tier == "research":
-        layers_of, error = _research(budget, shape, gathered, progress)
-        plan = KvPlan(layers_of, **windows)
-    else:
-        choose = _servable if spec.tier == "vllm" else _own
-        tried = min(_TRIED, len(ids_NT)) * ids_NT.shape[-1]
-        layers_of, error = choose(_tried(spec, shape), _costs(gathered, tried), shape, budget)
-        # vLLM has neither sinks nor recent windows.
-        plan = KvPlan(layers_of) if spec.tier == "vllm" else KvPlan(layers_of, **windows)
+    shape = AttentionShape.of(source)
+    gathered = gather(source, spec, shape, ids_NT, device, progress)
+    plan, error = choose_plan(spec, shape, gathered, progress)
     plan.write(folder)
     facts = {
         "error_of": "loss" if gathered.gradients else "attention output",
@@ -104,16 +88,39 @@ def fit_kv(
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """Layers of full attention by index, their KV heads and head_dim; ``dense``: no other layers."""
+class AttentionShape:
+    """What is cached.
+
+    Attributes:
+        layers: indices of the layers of full attention.
+        heads: KV heads of each.
+        head_dim: their elements.
+        dense: whether there are no other layers.
+    """
 
     layers: tuple[int, ...]
     heads: int
     head_dim: int
     dense: bool
 
+    @classmethod
+    def of(cls, source: Source) -> AttentionShape:
+        """Of a source's model, from its config.
+
+        Raises:
+            CheckpointError: latent attention, or a model that cannot be built.
+        """
+        check_hearable(source)
+        config = build_skeleton(source).config
+        layers = full_attention_layers(config)
+        text = config.get_text_config(decoder=True)
+        heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        return cls(tuple(layers), heads, head_dim, dense=len(layers) == text.num_hidden_layers)
+
     @property
     def plain(self) -> LayerPlan:
+        """A layer in 16 bit."""
         return LayerPlan(BF16, self.heads, self.head_dim)
 
     def forced(self, form: KvFormat) -> tuple[int, ...]:
@@ -122,7 +129,55 @@ class _Shape:
         return tuple(sorted({*self.layers[:ends], *self.layers[len(self.layers) - ends :]}))
 
 
-def _tried(spec: KvSpec, shape: _Shape) -> dict[str, KvFormat]:
+def gather(
+    source: Source,
+    spec: KvSpec,
+    shape: AttentionShape,
+    ids_NT: torch.Tensor,
+    device: torch.device,
+    progress: Progress,
+) -> Gathered:
+    """What a choice rests on, heard with gradients where the whole model fits in memory.
+
+    Raises:
+        CheckpointError: attention that cannot be heard.
+    """
+    wanted = Wanted(
+        layers=shape.layers,
+        sink=spec.sink_tokens,
+        most_rows=_MOST_ROWS if spec.tier == "research" else 1,
+        codecs=_codecs(_tried(spec, shape)),
+        tried=_TRIED,
+    )
+    parameters = sum(header.numel for header in source.headers.values())
+    if 4 * parameters * _WHOLE_SHARE < available_memory_bytes():
+        return gather_whole(source, ids_NT, wanted, device, progress)
+    progress.warn("the model does not fit in memory: KV errors are judged by each layer's own output")
+    return gather_blocks(source, ids_NT, wanted, device, progress)
+
+
+def choose_plan(
+    spec: KvSpec, shape: AttentionShape, gathered: Gathered, progress: Progress
+) -> tuple[KvPlan, float]:
+    """The plan, and the error that it is expected to cause; see ``FittedKv``.
+
+    Raises:
+        UserError: no budget, or one below the smallest choice.
+    """
+    budget = _budget(spec, shape)
+    windows = {"sink_tokens": spec.sink_tokens, "recent_tokens": spec.recent_tokens}
+    if spec.tier == "research":
+        layers, error = _research(budget, shape, gathered, progress)
+        return KvPlan(layers, **windows), error
+    formats, costs = _tried(spec, shape), _costs(gathered)
+    if spec.tier == "own":
+        layers, error = _own(formats, costs, shape, budget)
+        return KvPlan(layers, **windows), error
+    layers, error = _servable(formats, costs, shape, budget)
+    return KvPlan(layers), error  # vLLM has neither sinks nor recent windows
+
+
+def _tried(spec: KvSpec, shape: AttentionShape) -> dict[str, KvFormat]:
     """Formats whose errors are measured."""
     tiers = {"vllm": {"vllm"}, "own": {"vllm", "own"}, "research": set()}[spec.tier]
     wanted = (
@@ -142,27 +197,12 @@ def _codecs(formats: Mapping[str, KvFormat]) -> tuple[dict[str, KvCodec], dict[s
     return keys, values
 
 
-def _wanted(spec: KvSpec, shape: _Shape) -> Wanted:
-    rows = _MOST_ROWS if spec.tier == "research" else 1
-    return Wanted(shape.layers, spec.sink_tokens, rows, _codecs(_tried(spec, shape)), _TRIED)
-
-
-def _gather(
-    source: Source, wanted: Wanted, ids_NT: torch.Tensor, device: torch.device, progress: Progress
-) -> Gathered:
-    """With gradients where the whole model fits."""
-    parameters = sum(header.numel for header in source.headers.values())
-    if 4 * parameters * _WHOLE_SHARE < available_memory_bytes():
-        return gather_whole(source, ids_NT, wanted, device, progress)
-    progress.warn("the model does not fit in memory: KV errors are judged by each layer's own output")
-    return gather_blocks(source, ids_NT, wanted, device, progress)
-
-
 _Costs = Mapping[int, tuple[dict[str, float], dict[str, float]]]
 
 
-def _costs(gathered: Gathered, tokens: int) -> _Costs:
-    """Layer -> format -> what its keys, and its values, do to each of so many tokens."""
+def _costs(gathered: Gathered) -> _Costs:
+    """Layer -> format -> what its keys, and its values, do to a token."""
+    tokens = gathered.tried_tokens
     return {
         index: (
             {name: error / tokens for name, error in layer.keys.errors.items()},
@@ -173,7 +213,7 @@ def _costs(gathered: Gathered, tokens: int) -> _Costs:
 
 
 def _servable(
-    formats: Mapping[str, KvFormat], costs: _Costs, shape: _Shape, budget: int
+    formats: Mapping[str, KvFormat], costs: _Costs, shape: AttentionShape, budget: int
 ) -> tuple[dict[int, LayerPlan], float]:
     """One format for vLLM, and skipped layers."""
     size = {name: shape.heads * form.slot_bytes(shape.head_dim) for name, form in formats.items()}
@@ -191,7 +231,7 @@ def _servable(
 
 
 def _own(
-    formats: Mapping[str, KvFormat], costs: _Costs, shape: _Shape, budget: int
+    formats: Mapping[str, KvFormat], costs: _Costs, shape: AttentionShape, budget: int
 ) -> tuple[dict[int, LayerPlan], float]:
     """Any format's keys with any format's values in each layer, or 16 bit."""
     key_codecs, value_codecs = _codecs(formats)
@@ -222,7 +262,7 @@ def _own(
 
 
 def _research(
-    budget: int, shape: _Shape, gathered: Gathered, progress: Progress
+    budget: int, shape: AttentionShape, gathered: Gathered, progress: Progress
 ) -> tuple[dict[int, LayerPlan], float]:
     """Fitted codecs; bytes are shared out between layers, and between keys and values."""
     found: dict[tuple[int, str], Coordinates] = {}
@@ -273,10 +313,10 @@ def _worth(side: SideStatistics, layer: LayerStatistics, gathered: Gathered) -> 
     moved = used.decode(used.encode(rows_BHTD), layer.head_dim, torch.float32) - rows_BHTD
     e_NE = moved.transpose(1, 2).flatten(2)[0].double()
     expected = float(((e_NE @ (side.metric_EE / side.tokens)) * e_NE).sum(-1).mean())
-    return side.errors[_REFERENCE] / max(expected, 1e-30)
+    return side.errors[_REFERENCE] / gathered.tried_tokens / max(expected, 1e-30)
 
 
-def _budget(spec: KvSpec, shape: _Shape) -> int:
+def _budget(spec: KvSpec, shape: AttentionShape) -> int:
     if spec.budget_bytes_per_token is not None:
         return spec.budget_bytes_per_token
     if spec.format == AUTO:

@@ -32,6 +32,7 @@ class Gathered:
     Attributes:
         layers: of each layer.
         tokens: heard in all.
+        tried_tokens: on which codecs were measured.
         gradients: whether ``errors`` and metrics are of the loss; else errors are those of the attention's
             output relative to itself, and metrics what queries do to keys and the projection to values.
     """
@@ -39,6 +40,7 @@ class Gathered:
     gradients: bool
     layers: dict[int, LayerStatistics] = field(default_factory=dict)
     tokens: int = 0
+    tried_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def gather_whole(
         CheckpointError: the model cannot be loaded, or its attention cannot be heard.
     """
     model = WholeModel.load(source, dtype=torch.float32, device=device).model
-    gathered = Gathered(gradients=True)
+    gathered = Gathered(gradients=True, tried_tokens=ids_NT[: wanted.tried].numel())
     drawn = torch.Generator(device).manual_seed(_SEED)
     calls: dict[int, tuple[HeardAttention, torch.Tensor, torch.Tensor]] = {}
 
@@ -120,7 +122,7 @@ def gather_blocks(
     states = HiddenStates(device)
     batches = [ids_T[None] for ids_T in ids_NT]
     tape = Tape.record(source, batches, dtype=torch.float32, device=device, states=states)
-    gathered = Gathered(gradients=False, tokens=ids_NT.numel())
+    gathered = Gathered(gradients=False, tokens=ids_NT.numel(), tried_tokens=ids_NT[: wanted.tried].numel())
     progress.start("kv statistics", len(tape.blocks) * ids_NT.numel(), "tokens")
     for index in range(len(tape.blocks)):
         block = tape.place(tape.load(index))
