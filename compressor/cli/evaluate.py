@@ -114,7 +114,6 @@ def command(
         soft_wrap=True,
     )
     if result.kv:
-        console.print()
         for measured in kv_tables(result.kv):
             console.print(measured)
 

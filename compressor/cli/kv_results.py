@@ -12,23 +12,25 @@ if TYPE_CHECKING:
 
 _READ = {
     "strict": "read as stored",
-    "vllm": "read as vLLM 0.32 reads it after a raw prompt",
+    "vllm": "read as by vLLM 0.32 after a raw prompt",
 }
 
 
-def kv_tables(results: Sequence[KvResult]) -> Iterator[Table]:
+def kv_tables(results: Sequence[KvResult]) -> Iterator[str | Table]:
     """What each format takes and does to the model; then needles by length, where they were hidden."""
+    yield f"\nKV cache against 16 bit, {_READ[results[0].mode]} (ppl: perplexity)"
     yield _quality(results)
     if any(result.needle for result in results):
+        yield "\nNeedles found of those in 16 bit (change of the answer's log-probability, nats)"
         yield _needles(results)
 
 
 def _quality(results: Sequence[KvResult]) -> Table:
-    table = _table(f"KV cache, {_READ[results[0].mode]}, against 16 bit")
+    table = _table()
     table.add_column("format", no_wrap=True)
     made = results[0].generation
     same = [f"same of {made.new_tokens}"] if made else []
-    for name in ("bits", "B/token", "perplexity", "95%", "KL", "top-1", *same):
+    for name in ("bits", "B/token", "ppl", "95%", "KL", "top-1", *same):
         table.add_column(name, justify="right")
     for result in results:
         text = result.text
@@ -38,7 +40,7 @@ def _quality(results: Sequence[KvResult]) -> Table:
             f"{result.bits:.2f}",
             f"{result.bytes_per_token:.0f}",
             f"{text.increase:+.2%}",
-            f"{100 * low_high[0]:+.2f} to {100 * low_high[1]:+.2f}" if low_high else "",
+            f"{100 * low_high[0]:+.2f}, {100 * low_high[1]:+.2f}" if low_high else "",
             f"{text.kl_mean:.4f}",
             f"{text.top1_agreement:.1%}",
             *([f"{result.generation.until_divergence:.0f}"] if result.generation else []),
@@ -49,7 +51,7 @@ def _quality(results: Sequence[KvResult]) -> Table:
 
 def _needles(results: Sequence[KvResult]) -> Table:
     """Found by each format and by 16 bit, and the mean change of an answer's log-probability, by length."""
-    table = _table("\nNeedles found, of those found in 16 bit; change of the answer's log-probability, nats")
+    table = _table()
     table.add_column("format", no_wrap=True)
     lengths = sorted({cell.tokens for result in results if result.needle for cell in result.needle.cells})
     for tokens in lengths:
@@ -67,13 +69,5 @@ def _needles(results: Sequence[KvResult]) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        header_style="bold",
-        title=title,
-        title_justify="left",
-        title_style="",
-    )
+def _table() -> Table:
+    return Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")

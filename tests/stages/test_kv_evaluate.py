@@ -121,7 +121,7 @@ def test_compress_eval_measures_formats(tmp_path: Path, capsys: pytest.CaptureFi
 
     assert compress(measured) == 0
     shown = capsys.readouterr().out
-    assert "KV cache, read as stored, against 16 bit" in shown
+    assert "KV cache against 16 bit, read as stored (ppl: perplexity)" in shown
     assert all(len(line) <= 80 for line in shown.splitlines()[-12:])
     assert "160 tokens" in shown
     for line in shown.splitlines():
