@@ -54,7 +54,7 @@ def compare(
         raise CheckpointError(
             "no checkpoint: there is no config.json", where=str(checkpoint), fix="name a folder"
         )
-    check_kv_formats(kv)
+    check_kv_formats(kv, checkpoint)
     found = find(text, what="evaluation text")
     opened = open_source(source, revision=revision, cache=cache, from_=from_)
     import torch
@@ -79,7 +79,7 @@ def compare(
             where=error.where,
             fix="name the source that it was made from",
         ) from error
-    variants = kv_variants(result.model.config, kv, kv_mode, progress)
+    variants = kv_variants(result.model.config, kv, kv_mode, checkpoint, progress)
     for length in kv_needle:
         check_context(result.model, length)
     result = simulate_activations(result, checkpoint, opened)

@@ -27,7 +27,7 @@ from compressor.errors import UserError
     "--kv",
     "kv_formats",
     metavar="FORMAT[,FORMAT...]",
-    help="Measure CHECKPOINT with these KV-cache formats too.",
+    help="Measure CHECKPOINT with these KV-cache formats too; `plan` is its own kv_plan.json.",
 )
 @click.option(
     "--kv-mode",

@@ -15,7 +15,7 @@ from compressor.kv.layer import LayerCodecs, Mode, PackedLayer
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["LayerCodecs", "Mode", "PackedCache", "full_attention_layers", "uniform_layers"]
+__all__ = ["LayerCodecs", "Mode", "PackedCache", "full_attention_layers", "head_sizes", "uniform_layers"]
 
 _ENGINE_BYTES = 2  # of an element of keys and values that are not packed
 
@@ -48,7 +48,7 @@ class PackedCache(DynamicCache):  # type: ignore[misc]
             UserError: a layer without full attention, or heads that a codec cannot store.
         """
         known = full_attention_layers(config)
-        head_dim = _head_dim(config)
+        _, head_dim = head_sizes(config)
         for number, codecs in layers.items():
             if number not in known:
                 raise UserError(
@@ -130,7 +130,7 @@ def uniform_layers(config: PreTrainedConfig, kv_format: KvFormat) -> dict[int, L
         raise UserError(
             f"{kv_format.name} is fitted to a model: it has no codecs of its own", fix="name its plan"
         )
-    head_dim = _head_dim(config)
+    _, head_dim = head_sizes(config)
     problem = head_dim and kv_format.problem(head_dim)
     if problem:
         raise UserError(problem, fix="name a format that holds such heads")
@@ -143,14 +143,16 @@ def uniform_layers(config: PreTrainedConfig, kv_format: KvFormat) -> dict[int, L
     return {number: LayerCodecs(keys, values) for number in layers if spared <= number < blocks - spared}
 
 
-def _head_dim(config: PreTrainedConfig) -> int | None:
-    """Elements of a head, where the configuration tells."""
+def head_sizes(config: PreTrainedConfig) -> tuple[int | None, int | None]:
+    """KV heads of a layer, and elements of a head, where the configuration tells them."""
     text = config.get_text_config(decoder=True)
-    stated = getattr(text, "head_dim", None)
-    if isinstance(stated, int):
-        return stated
-    hidden, heads = (getattr(text, name, None) for name in ("hidden_size", "num_attention_heads"))
-    return hidden // heads if hidden and heads else None
+    hidden, heads, kv_heads, head_dim = (
+        getattr(text, name, None)
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    if not isinstance(head_dim, int):
+        head_dim = hidden // heads if hidden and heads else None
+    return kv_heads if isinstance(kv_heads, int) else None, head_dim
 
 
 def _nbytes(layer: Any) -> int:

@@ -14,6 +14,7 @@ from compressor.errors import CheckpointError, UserError
 from compressor.kv.cache import uniform_layers
 from compressor.kv.formats import FORMATS
 from compressor.kv.layer import PackedLayer
+from compressor.kv.plan import KvPlan, LayerPlan
 from compressor.progress import Silent
 from compressor.stages.kv_evaluate import check_kv_formats, kv_variants
 from tests.evals.kv_models import ids
@@ -53,15 +54,15 @@ def test_models_that_a_format_does_not_fit_are_refused(tmp_path: Path) -> None:
         uniform_layers(mistral, FORMATS["fp8"])
     deepseek = AutoModelForCausalLM.from_pretrained(FAMILIES["deepseek_v3"](tmp_path / "mla")).config
     with pytest.raises(CheckpointError, match="multi-head latent attention"):
-        kv_variants(deepseek, ["fp8"], "strict", Silent())
+        kv_variants(deepseek, ["fp8"], "strict", tmp_path, Silent())
 
 
-def test_only_turboquant_leaves_prompts_raw() -> None:
+def test_only_turboquant_leaves_prompts_raw(tmp_path: Path) -> None:
     """In mode ``vllm`` the other formats are read from the cache at once."""
     names = ["turboquant_4bit_nc", "int4_per_token_head"]
     for mode in ("strict", "vllm"):
         modes = {}
-        for variant in kv_variants(_config(6), names, mode, Silent()):
+        for variant in kv_variants(_config(6), names, mode, tmp_path, Silent()):
             modes[variant.name] = {
                 layer.mode for layer in variant.make().layers if isinstance(layer, PackedLayer)
             }
@@ -76,24 +77,26 @@ class _Warnings(Silent):
         self.found.append(text)
 
 
-def test_a_format_that_stores_nothing_is_warned_of() -> None:
+def test_a_format_that_stores_nothing_is_warned_of(tmp_path: Path) -> None:
     """All four layers are ends."""
     progress = _Warnings()
-    variants = kv_variants(_config(4), ["turboquant_3bit_nc", "fp8"], "strict", progress)
+    variants = kv_variants(_config(4), ["turboquant_3bit_nc", "fp8"], "strict", tmp_path, progress)
     assert [variant.name for variant in variants] == ["turboquant_3bit_nc", "fp8"]
     assert len(progress.found) == 1
     assert "turboquant_3bit_nc stores nothing" in progress.found[0]
 
 
-def test_names_are_checked() -> None:
+def test_names_are_checked(tmp_path: Path) -> None:
     """Unknown with the known ones; twice."""
-    check_kv_formats(["fp8", "bf16"])
+    check_kv_formats(["fp8", "bf16"], tmp_path)
     with pytest.raises(
         UserError, match=r"unknown KV-cache format 'fp7'; did you mean 'fp8'\? \(known: bf16, fp8"
     ):
-        check_kv_formats(["bf16", "fp7"])
+        check_kv_formats(["bf16", "fp7"], tmp_path)
     with pytest.raises(UserError, match="named twice"):
-        check_kv_formats(["fp8", "fp8"])
+        check_kv_formats(["fp8", "fp8"], tmp_path)
+    with pytest.raises(CheckpointError, match="there is no kv_plan"):
+        check_kv_formats(["plan"], tmp_path)
 
 
 def test_compress_eval_measures_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,10 +132,48 @@ def test_compress_eval_measures_formats(tmp_path: Path, capsys: pytest.CaptureFi
             assert " 6.00 " in line or "of 0" in line
 
 
+def _plan(head_dim: int = 16, layer: int = 1) -> KvPlan:
+    """8-bit integers in one layer, between two 16-bit tokens at either end."""
+    codecs = FORMATS["int8_per_token_head"].make
+    assert codecs is not None
+    packed = LayerPlan("int8_per_token_head", 2, head_dim, *codecs())
+    return KvPlan({0: LayerPlan("bf16", 2, 16), layer: packed}, sink_tokens=2, recent_tokens=16)
+
+
+def test_the_checkpoints_own_plan_is_a_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its layers, sinks and windows; chunks are an eighth of the window."""
+    folder = tiny_llama(tmp_path / "model", dtype=torch.float32)
+    _plan().write(folder)
+    (variant,) = kv_variants(_config(2), ["plan"], "vllm", folder, Silent())
+    assert (variant.recent_tokens, variant.chunk_tokens) == (16, 2)
+    layers = variant.make().layers
+    assert [isinstance(layer, PackedLayer) for layer in layers] == [False, True]
+    assert layers[1].mode == "vllm"
+    text = tmp_path / "text.txt"
+    text.write_text(bytes(ids(96).tolist()).decode())
+    words = ["eval", str(folder), "--source", str(folder), "--text", str(text), "--context", "48", "--quiet"]
+    assert compress([*words, "--kv", "plan", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["kv"][0]
+    # Layer 0 in 16 bit; of layer 1, 18 of 48 tokens are, the others take 16 + 4 bytes on each side.
+    assert found["stored_bytes"] == 2 * 2 * (48 * 32 + 18 * 32 + 30 * 20)
+    assert 0 < found["kl"]["mean"] < 0.01
+
+
+@pytest.mark.parametrize("plan", [_plan(head_dim=32), _plan(layer=5)], ids=["heads", "layers"])
+def test_a_plan_of_another_model_is_refused(plan: KvPlan, tmp_path: Path) -> None:
+    """Before anything is computed with it."""
+    plan.write(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"layer \d of the plan, 2 KV heads of \d+, is none of this model"
+    ):
+        kv_variants(_config(2), ["plan"], "strict", tmp_path, Silent())
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--kv", "fp8,turbo"], "unknown KV-cache format 'turbo'"),
+        (["--kv", "plan"], "there is no kv_plan.json"),
         (["--kv", "fp8", "--kv-needle", "many"], "--kv-needle 'many' is no list of lengths"),
         (["--kv", "fp8", "--kv-needle", "4096"], "4096 tokens is longer than the model's 512"),
         (["--kv-mode", "vllm"], "say how --kv measures"),
