@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from compressor.checkpoint.layout import load_config
@@ -13,7 +12,7 @@ from compressor.errors import CheckpointError
 from compressor.evals.base import EvalResult, EvalSpec
 from compressor.evals.kv_feed import Mode
 from compressor.progress import Progress
-from compressor.stages.kv_evaluate import check_kv_formats, kv_variants, measure_kv
+from compressor.stages.kv_evaluate import check_kv_formats, kv_variants, with_kv
 
 
 def compare(
@@ -59,9 +58,8 @@ def compare(
     opened = open_source(source, revision=revision, cache=cache, from_=from_)
     import torch
 
-    from compressor.evals.kv import KvSpec
     from compressor.evals.run import evaluate_pair
-    from compressor.evals.text import check_context, tokens_from_text
+    from compressor.evals.text import check_context
     from compressor.model.decode import fused_tensors
     from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer
     from compressor.stages.simulated import simulate_activations
@@ -85,11 +83,8 @@ def compare(
     result = simulate_activations(result, checkpoint, opened)
     tokenizer = load_tokenizer(checkpoint)
     measured = evaluate_pair(load_source_model(opened, torch.float32), result, tokenizer, spec, progress)
-    if not variants:
-        return measured
-    ids_T = tokens_from_text(tokenizer, spec.text, spec.tokens)
-    kv_spec = KvSpec(context=context, mode=kv_mode, needle_tokens=tuple(kv_needle), seed=spec.seed)
-    return replace(measured, kv=measure_kv(result.model, tokenizer, ids_T, variants, kv_spec, progress))
+    model = result.model
+    return with_kv(measured, model, tokenizer, variants, spec, progress, mode=kv_mode, needle=kv_needle)
 
 
 def _kind(checkpoint: Path) -> object:

@@ -12,9 +12,11 @@ from compressor.checkpoint.made_by import allowed_factory
 from compressor.device import available_memory_bytes
 from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import EvalResult, EvalSpec
+from compressor.kv.plan import JSON_NAME
 from compressor.model.quiet import quiet
 from compressor.progress import Progress
 from compressor.stages.base import Claim
+from compressor.stages.kv_evaluate import PLAN, kv_variants, with_kv
 from compressor.stages.simulated import simulate_activations
 from compressor.stages.tokens import source_tokenizer
 from compressor.workspace import Workspace
@@ -113,11 +115,21 @@ def reload(checkpoint: Path, source: Source) -> LoadedCheckpoint:
 def measure(
     source: Source, checkpoint: Path, result: LoadedCheckpoint, spec: EvalSpec, progress: Progress
 ) -> EvalResult:
-    """Everything that ``spec`` asks for, of the reloaded result against its source."""
+    """Everything that ``spec`` asks for, of the reloaded result against its source.
+
+    A result with a ``kv_plan.json`` is also measured with its cache stored so, against a 16-bit one.
+    """
     import torch
 
     from compressor.evals.run import evaluate_pair
-    from compressor.model.load import load_source_model, load_tokenizer
+    from compressor.model.load import load_source_model, load_tokenizer, set_dtype
 
     tokenizer = load_tokenizer(checkpoint)
-    return evaluate_pair(load_source_model(source, torch.float32), result, tokenizer, spec, progress)
+    planned = (PLAN,) if (checkpoint / JSON_NAME).is_file() else ()
+    variants = kv_variants(result.model.config, planned, "strict", checkpoint, progress)
+    source_model = load_source_model(source, torch.float32)
+    measured = evaluate_pair(source_model, result, tokenizer, spec, progress)
+    if variants:
+        # Tasks may have left it in another.
+        set_dtype(result.model, torch.float32)
+    return with_kv(measured, result.model, tokenizer, variants, spec, progress)

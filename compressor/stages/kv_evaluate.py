@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import CheckpointError, UserError
+from compressor.evals.base import EvalResult, EvalSpec
 from compressor.evals.kv_feed import KvVariant, Mode
 from compressor.kv.formats import FORMATS
 from compressor.kv.plan import JSON_NAME
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from compressor.evals.kv import KvSpec
-    from compressor.evals.kv_record import KvResult
     from compressor.kv.layer import LayerCodecs
     from compressor.progress import Progress
 
@@ -52,7 +51,7 @@ def check_kv_formats(names: Sequence[str], checkpoint: Path) -> None:
 def kv_variants(
     config: PreTrainedConfig, names: Sequence[str], mode: Mode, checkpoint: Path, progress: Progress
 ) -> list[KvVariant]:
-    """What ``measure_kv`` measures: each format in all layers that vLLM would store so, or the plan.
+    """What ``with_kv`` measures: each format in all layers that vLLM would store so, or the plan.
 
     In mode ``vllm``, formats that vLLM reads from its cache even within a prompt are read so here too; a
     plan is read as TurboQuant is.
@@ -106,19 +105,42 @@ def _planned(config: PreTrainedConfig, checkpoint: Path) -> dict[int, LayerCodec
     return plan.codecs()
 
 
-def measure_kv(
+def with_kv(
+    measured: EvalResult,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    ids_T: torch.Tensor,
     variants: Sequence[KvVariant],
-    spec: KvSpec,
+    spec: EvalSpec,
     progress: Progress,
-) -> tuple[KvResult, ...]:
-    """Each variant against the same model with a 16-bit cache; errors as ``evaluate_kv``."""
-    from compressor.evals.kv import evaluate_kv
+    *,
+    mode: Mode = "strict",
+    needle: Sequence[int] = (),
+) -> EvalResult:
+    """``measured`` with each variant against the same model with a 16-bit cache, on the text of ``spec``.
+
+    Args:
+        measured: of the model without a quantized cache.
+        model: in evaluation mode, where it is to compute.
+        tokenizer: of the model.
+        variants: of ``kv_variants``; without any, nothing is added.
+        spec: the text, its tokens and windows, and the seed.
+        progress: told the tokens done.
+        mode: what ``variants`` were made for.
+        needle: lengths of texts to hide needles in.
+
+    Raises:
+        UserError: windows or needles that the model has no positions for.
+        CheckpointError: logits are NaN or infinite.
+    """
+    if not variants:
+        return measured
+    from compressor.evals.kv import KvSpec, evaluate_kv
+    from compressor.evals.text import tokens_from_text
     from compressor.kv.cache import PackedCache
 
     def usual() -> PackedCache:
         return PackedCache.of(model.config, {})
 
-    return tuple(evaluate_kv(model, tokenizer, ids_T, variants, usual, spec, progress))
+    ids_T = tokens_from_text(tokenizer, spec.text, spec.tokens)
+    asked = KvSpec(context=spec.context, mode=mode, needle_tokens=tuple(needle), seed=spec.seed)
+    return replace(measured, kv=tuple(evaluate_kv(model, tokenizer, ids_T, variants, usual, asked, progress)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import compressor
 from compressor.cli.main import _run as compress
 from compressor.errors import CheckpointError, UserError
 from compressor.kv.cache import uniform_layers
@@ -17,6 +18,7 @@ from compressor.kv.layer import PackedLayer
 from compressor.kv.plan import KvPlan, LayerPlan
 from compressor.progress import Silent
 from compressor.stages.kv_evaluate import check_kv_formats, kv_variants
+from tests.e2e.cases import write_recipe
 from tests.evals.kv_models import ids
 from tests.model.zoo import FAMILIES
 from tests.tiny import tiny_llama
@@ -157,6 +159,22 @@ def test_the_checkpoints_own_plan_is_a_format(tmp_path: Path, capsys: pytest.Cap
     # Layer 0 in 16 bit; of layer 1, 18 of 48 tokens are, the others take 16 + 4 bytes on each side.
     assert found["stored_bytes"] == 2 * 2 * (48 * 32 + 18 * 32 + 30 * 20)
     assert 0 < found["kl"]["mean"] < 0.01
+
+
+def test_a_run_measures_the_plan_beside_its_result(tmp_path: Path) -> None:
+    """``evaluate`` of a result with a plan has its figures; without one, none."""
+    source = tiny_llama(tmp_path / "model", dtype=torch.float32)
+    text = tmp_path / "text.txt"
+    text.write_text(bytes(ids(200).tolist()).decode())
+    rest = f"evaluate: {{text: {json.dumps(str(text))}, tokens: 128, context: 64}}"
+    recipe = write_recipe(tmp_path / "recipe.yaml", source, "{scheme: int8}", rest)
+    output = tmp_path / "out" / "result"
+    assert compressor.run(recipe, output=output).passed
+    assert compressor.evaluate(recipe, output=output).kv == ()
+    _plan().write(output)
+    (found,) = compressor.evaluate(recipe, output=output).kv
+    assert (found.format, found.mode, found.text.tokens) == ("plan", "strict", 128)
+    assert found.bits < 16
 
 
 @pytest.mark.parametrize("plan", [_plan(head_dim=32), _plan(layer=5)], ids=["heads", "layers"])
