@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -59,17 +60,26 @@ class KvVariant:
 
 
 def feed(
-    model: PreTrainedModel, ids_RT: torch.Tensor, cache: Any, chunk: int, *, prefill: int = 0
+    model: PreTrainedModel,
+    ids_RT: torch.Tensor,
+    cache: Any,
+    chunk: int,
+    *,
+    prefill: int = 0,
+    wanted: int = 0,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Feeds texts to the model; yields the position of each chunk's first token and logits [R, P, V].
+    """Feeds texts to the model chunk by chunk, the first ``prefill`` tokens in one.
 
-    The first ``prefill`` tokens are one chunk, of whose logits only the last position's are computed, so that
-    the position yielded is ``prefill`` - 1.
+    Yields:
+        The position that the first logits belong to, and logits [R, P, V]: of the last position alone for
+        the prefill and for chunks that end before position ``wanted``, else of the whole chunk.
     """
-    if prefill:
-        yield prefill - 1, step(model, ids_RT[:, :prefill], cache, last_only=True)
-    for start in range(prefill, ids_RT.shape[1], chunk):
-        yield start, step(model, ids_RT[:, start : start + chunk], cache)
+    length = ids_RT.shape[1]
+    starts = [*([0] if prefill else []), *range(prefill, length, chunk)]
+    for start, stop in pairwise([*starts, length]):
+        last_only = start < prefill or stop <= wanted
+        logits_RPV = step(model, ids_RT[:, start:stop], cache, last_only=last_only)
+        yield stop - logits_RPV.shape[1], logits_RPV
 
 
 def step(

@@ -71,7 +71,8 @@ def _greedy(
     """Ids [R, N]."""
     import torch
 
-    for _, logits_RPV in feed(model, prompts_RT, cache, chunk, prefill=prefill):
+    wanted = prompts_RT.shape[1]
+    for _, logits_RPV in feed(model, prompts_RT, cache, chunk, prefill=prefill, wanted=wanted):
         last_R = logits_RPV[:, -1].argmax(-1)
     made = [last_R]
     while len(made) < new_tokens:

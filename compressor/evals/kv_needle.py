@@ -176,7 +176,8 @@ def _answers(
     length = ids_RT.shape[1]
     prefill = length - tail if tail else 0
     logprobs, found = [0.0] * len(batch), [True] * len(batch)
-    for start, logits_RPV in feed(model, ids_RT, cache, chunk, prefill=prefill):
+    wanted = length - 1 - max(needle.answer for needle in batch)
+    for start, logits_RPV in feed(model, ids_RT, cache, chunk, prefill=prefill, wanted=wanted):
         for row, needle in enumerate(batch):
             # Positions before those of the answer's tokens, as far as this chunk has them.
             begin = max(start, length - needle.answer - 1)

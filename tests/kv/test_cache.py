@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,20 @@ def test_beams_and_assisted_generation(tmp_path: Path) -> None:
     assert torch.equal(run(_cache(model, Plain()), num_beams=3), usual)
     greedy = run(DynamicCache(config=model.config))
     assert torch.equal(run(_cache(model, Plain()), prompt_lookup_num_tokens=3), greedy)
+
+
+def test_a_copied_cache_goes_on_by_itself(tmp_path: Path) -> None:
+    """A prompt's cache is copied for every continuation, as transformers' guides do."""
+    model = _model("llama", tmp_path)
+    ids, cache = _prompt(1), _cache(model, Coarse(), sink_tokens=2, recent_tokens=3)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+        before = cache.nbytes()
+        first, second = (
+            model(ids[:, :4], past_key_values=deepcopy(cache), use_cache=True).logits for _ in range(2)
+        )
+    assert torch.equal(first, second)
+    assert cache.nbytes() == before
 
 
 def test_modes_differ_in_the_first_chunk_only(tmp_path: Path) -> None:
