@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor.budget.gates import check_gates
-from compressor.checkpoint.safetensors_writer import shard_names
+from compressor.checkpoint.base import Source
+from compressor.checkpoint.folded import FOLD_NAME, FoldedSource, KvFold
 from compressor.errors import GateError, UserError
 from compressor.evals.base import EvalResult, EvalSpec
 from compressor.export import (
@@ -25,6 +26,7 @@ from compressor.meter import metered
 from compressor.model.aliases import linear_aliases
 from compressor.model.load import check_known
 from compressor.planner.calibrated import walk_key
+from compressor.planner.kv_result import kv_facts
 from compressor.planner.oneshot import oneshot_key
 from compressor.planner.plan import Plan, stream_key
 from compressor.planner.polished import polish_key
@@ -32,10 +34,13 @@ from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
 from compressor.recipe.mixtures import seen_from
 from compressor.recipe.model import Recipe
+from compressor.report.kv import KvFacts
 from compressor.report.manifest import Manifest, write_manifest
 from compressor.report.model import Report, StageCost, load_report
 from compressor.stages.assemble import assemble
 from compressor.stages.evaluate import check_tokens, evaluate_stage, measure, reload
+from compressor.stages.kv import kv_stage
+from compressor.stages.kv_export import result_names
 from compressor.stages.oneshot import check_oneshot, oneshot_stage
 from compressor.stages.polish import polish_stage
 from compressor.stages.receipts import all_receipts
@@ -161,7 +166,7 @@ def evaluate_again(plan: Plan, progress: Progress) -> EvalResult:
 def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     space = plan.workspace
     walk = plan.walk
-    zeroth = None if walk is None else walk_key(walk, plan.claims, plan.source.fingerprint)
+    zeroth = None if walk is None else walk_key(walk, plan.claims, plan.weights_source)
     found = None if zeroth is None else space.artefact("walk", zeroth)
     polish = None
     if plan.polish is not None and zeroth is not None:
@@ -171,7 +176,9 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     if oneshot is not None:
         found = space.artefact(oneshot.name, oneshot.key)
     first = stream_key(plan)
-    second = stage_key("assemble", ASSEMBLE_VERSION, {}, [first])
+    kv = _kv(plan, progress)
+    needs = [first] if kv is None else [first, kv.key]
+    second = stage_key("assemble", ASSEMBLE_VERSION, {}, needs)
     streamed, checkpoint = space.artefact("stream", first), space.artefact("assemble", second)
     spec = plan.evaluation
     third = stage_key("evaluate", EVALUATE_VERSION, _measured(plan.evaluation), [second])
@@ -179,10 +186,11 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     def run_stream(folder: Path) -> Mapping[str, Any]:
         walked = None if found is None else WalkedTensors(found)
         shards, dialect, evict = plan.shards, plan.dialect, plan.evicts
-        return {"resumed": stream(plan.source, shards, dialect, folder, progress, walked, evict=evict)}
+        return {"resumed": stream(_weights(plan), shards, dialect, folder, progress, walked, evict=evict)}
 
     def run_assemble(folder: Path) -> Mapping[str, Any]:
-        assemble(plan.source, plan.shards, plan.dialect, streamed, folder)
+        heard = None if kv is None else space.artefact(kv.name, kv.key)
+        assemble(plan.source, plan.shards, plan.dialect, streamed, folder, heard)
         return {}
 
     def run_evaluate(folder: Path) -> Mapping[str, Any]:
@@ -190,22 +198,53 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
         most = bounds.max_memory_bytes if bounds is not None else None
         return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress, most)
 
+    before = [] if kv is None else [kv]
     stages = [
         _Stage("stream", first, run_stream),
         _Stage("assemble", second, run_assemble),
         _Stage("evaluate", third, run_evaluate),
     ]
     if oneshot is not None:
-        return [oneshot, *stages]
+        return [*before, oneshot, *stages]
     if walk is None or zeroth is None:
-        return stages
+        return [*before, *stages]
 
     def run_walk(folder: Path) -> Mapping[str, Any]:
         shown, how, evict = walk.calibration, walk.walk, plan.evicts
-        return walk_stage(plan.source, plan.claims, shown, how, folder, progress, evict=evict)
+        return walk_stage(_weights(plan), plan.claims, shown, how, folder, progress, evict=evict)
 
-    walked = [_Stage("walk", zeroth, run_walk)]
+    walked = [*before, _Stage("walk", zeroth, run_walk)]
     return [*walked, *stages] if polish is None else [*walked, polish, *stages]
+
+
+def _kv(plan: Plan, progress: Progress) -> _Stage | None:
+    """The stage before the weights that fits what the KV cache needs."""
+    planned = plan.kv_stage
+    if planned is None:
+        return None
+
+    def run_kv(folder: Path) -> Mapping[str, Any]:
+        return kv_stage(plan.source, planned.job, planned.calibration, folder, progress)
+
+    return _Stage("kv", planned.key(plan.source.fingerprint), run_kv)
+
+
+def _weights(plan: Plan) -> Source:
+    """What weights are read from: the source, or the source as the finished stage ``kv`` has folded it."""
+    stage = plan.kv_stage
+    if stage is None or not stage.job.folds:
+        return plan.source
+    folder = plan.workspace.artefact("kv", stage.key(plan.source.fingerprint))
+    return FoldedSource(plan.source, KvFold.read(folder)) if (folder / FOLD_NAME).is_file() else plan.source
+
+
+def _kv_facts(plan: Plan, folder: Path | None, shown: Mapping[str, Any]) -> KvFacts | None:
+    """The report's part on the KV cache."""
+    if folder is None:
+        return None
+    weights = _weights(plan)
+    changed = weights.changed if isinstance(weights, FoldedSource) else ()
+    return kv_facts(plan, folder, shown["kv"]["kv"], shown["evaluate"].get("kv", ()), changed)
 
 
 def _measured(spec: EvalSpec | None) -> dict[str, Any]:
@@ -238,7 +277,7 @@ def _polish(plan: Plan, walked: str, progress: Progress) -> _Stage:
 
     def run_polish(folder: Path) -> Mapping[str, Any]:
         artefact = plan.workspace.artefact("walk", walked)
-        return polish_stage(plan.source, plan.claims, calibration, spec, artefact, folder, progress)
+        return polish_stage(_weights(plan), plan.claims, calibration, spec, artefact, folder, progress)
 
     return _Stage("polish", polish_key(plan.polish, walked), run_polish)
 
@@ -287,6 +326,7 @@ def _export(
         gates,
         costs,
         result_folder,
+        _kv_facts(plan, artefacts.get("kv"), shown),
     )
     with export_folder(space, result_folder, artefacts["assemble"]) as folder:
         describe(folder, report, recipe_yaml)
@@ -324,7 +364,9 @@ def _seen_from(folder: Path, plan: Plan) -> Recipe:
 
 def _check_shards(plan: Plan, stages: list[_Stage], manifest: Manifest, streamed: Path) -> None:
     """Compares what is about to be exported with what was hashed when it was written."""
-    for name, receipt in zip(shard_names(len(plan.shards)), all_receipts(streamed), strict=True):
+    scales = plan.kv_stage is not None and bool(plan.kv_stage.job.scales)
+    names, _ = result_names(len(plan.shards), scales=scales)
+    for name, receipt in zip(names, all_receipts(streamed), strict=True):
         if manifest.files[name].sha256 != receipt["sha256"]:
             for stage in stages:
                 plan.workspace.discard(stage.name, stage.key)

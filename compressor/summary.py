@@ -26,6 +26,7 @@ from compressor.report.calibration import (
     SmoothedInput,
     SmoothedMatrix,
 )
+from compressor.report.kv import KvFacts
 from compressor.report.model import (
     Device,
     Divergence,
@@ -74,12 +75,14 @@ def summarize(
     gates: Sequence[GateVerdict],
     costs: Sequence[StageCost],
     output: Path,
+    kv: KvFacts | None = None,
 ) -> Report:
     """The report of a run, from the artefact folders of its stages.
 
     ``walked``: what the walk was shown (``texts``: name -> tokens, ``samples``, ``sequence_length``,
     ``seed``, ``dtype``, and ``polish`` if one followed), or None where none was needed. ``output`` is where
-    the checkpoint will be: below the current folder it is named relative to it.
+    the checkpoint will be: below the current folder it is named relative to it. ``kv``: its cache, if the
+    recipe says how it is stored.
     """
     prediction = plan.prediction
     schemes = _by_scheme(plan.claims)
@@ -123,11 +126,13 @@ def summarize(
             schemes,
             str(plan.source.config.get("model_type", "")),
             plan.loaded.recipe.model.factory,
+            kv,
         ),
         files={
             path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != STAGE_FILE
         },
         calibration=_calibration(walked, streamed, plan.claims) if walked else None,
+        kv=kv,
     )
 
 

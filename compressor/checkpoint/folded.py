@@ -203,7 +203,7 @@ def _rotated(x: torch.Tensor) -> torch.Tensor:
     """``x`` times the symmetric orthogonal Hadamard matrix, along the last dimension."""
     from compressor.numerics.hadamard import fast_hadamard
 
-    return fast_hadamard(x) * x.shape[-1] ** -0.5
+    return fast_hadamard(x).mul_(float(x.shape[-1]) ** -0.5)
 
 
 def _because(reason: str) -> str:

@@ -44,9 +44,9 @@ def print_kv(console: Console, options: Sequence[KvOption]) -> None:
         console.print(Text(line))
 
 
-def kv_lines(planned: KvPlanned) -> tuple[str, ...]:
-    """What the recipe asks of the cache, and how it will be served."""
-    lines = [planned.described()]
+def kv_lines(planned: KvPlanned, notes: Sequence[str]) -> tuple[str, ...]:
+    """What the recipe asks of the cache, what is folded for it, and how it will be served."""
+    lines = [planned.described(), *notes]
     if planned.needs_data:
         lines.append("fitted to the calibration texts before the weights are touched")
     if planned.flags:

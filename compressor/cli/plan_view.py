@@ -34,7 +34,7 @@ def print_plan(plan: Plan) -> None:
     print_kv(console, plan.kv_options)
     if plan.kv is not None:
         console.print()
-        console.print(_titled("kv", *kv_lines(plan.kv)))
+        console.print(_titled("kv", *kv_lines(plan.kv, plan.kv_stage.notes if plan.kv_stage else ())))
     if plan.walk is not None:
         console.print(_titled("data", _shown(plan.walk.calibration), *_walked(plan.walk, plan.polish)))
     if plan.oneshot is not None:

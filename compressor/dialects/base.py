@@ -81,6 +81,14 @@ class Dialect(ABC):
     def describe(self, modules: Modules) -> Description:
         """The config of a checkpoint that holds these modules."""
 
+    @abstractmethod
+    def kv_scales(self, attention: str) -> tuple[str, str]:
+        """Names of the static scales of keys and of values of an attention module."""
+
+    @abstractmethod
+    def with_fp8_cache(self, described: Description, attentions: Sequence[str]) -> Description:
+        """The description of a checkpoint that has such scales for these attention modules."""
+
     def warnings(self, modules: Modules) -> list[str]:
         """What engines are known not to load of it, for the plan."""
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compressor.checkpoint.hf_config import quantization_config
@@ -47,3 +48,15 @@ class CompressedTensors(Dialect):
             ],
         )
         return Description(config, {})
+
+    def kv_scales(self, attention: str) -> tuple[str, str]:
+        """``k_scale`` and ``v_scale`` of the module itself."""
+        return f"{attention}.k_scale", f"{attention}.v_scale"
+
+    def with_fp8_cache(self, described: Description, attentions: Sequence[str]) -> Description:
+        """``kv_cache_scheme``: symmetric 8-bit floating point, static, one scale a tensor."""
+        from compressed_tensors.quantization import QuantizationArgs
+
+        scheme = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor", dynamic=False)
+        config = {**described.quantization_config, "kv_cache_scheme": scheme.model_dump(mode="json")}
+        return Description(config, described.files)

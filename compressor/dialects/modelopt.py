@@ -8,7 +8,7 @@ NVIDIA/Model-Optimizer@0.47.0 modelopt/torch/export/quant_utils.py (``get_quant_
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ _TOLD = ("W4A16_NVFP4", "NVFP4", "FP8")
 # One scale a row or block of an expert: not what vLLM reads there.
 _NOT_FOR_EXPERTS = ("FP8_DYNAMIC", "FP8_BLOCK")
 _EXPERTS = ".experts."
+_KV_SCHEMA = 1  # kv_cache_schema_version
 
 
 class ModelOpt(Dialect):
@@ -88,6 +89,24 @@ class ModelOpt(Dialect):
             _inline(quantization) | {"producer": producer, "quant_method": "modelopt"},
             {CONFIG_NAME: {"producer": producer, "quantization": quantization}},
         )
+
+    def kv_scales(self, attention: str) -> tuple[str, str]:
+        """``k_proj.k_scale`` and ``v_proj.v_scale``."""
+        return f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale"
+
+    def with_fp8_cache(self, described: Description, attentions: Sequence[str]) -> Description:
+        """``kv_cache_quant_algo`` FP8, and the map by layers that newer versions of ModelOpt write too."""
+        layers = {module: {"quant_algo": "FP8"} for module in attentions}
+        told = {
+            "kv_cache_quant_algo": "FP8",
+            "kv_cache_quantized_layers": layers,
+            "kv_cache_schema_version": _KV_SCHEMA,
+        }
+        files = {name: dict(content) for name, content in described.files.items()}
+        files[CONFIG_NAME]["quantization"] = {**files[CONFIG_NAME]["quantization"], **told}
+        scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+        config = {**described.quantization_config, "kv_cache_scheme": scheme, **told}
+        return Description(config, files)
 
     def warnings(self, modules: Modules) -> list[str]:
         """FP8 experts: vLLM reads one scale a matrix there (modelopt.py ``ModelOptFp8MoEMethod``)."""

@@ -123,6 +123,14 @@ def foldable(headers: Mapping[str, TensorHeader], config: dict[str, Any]) -> Fol
     )
 
 
+def attention_modules(headers: Mapping[str, TensorHeader], config: dict[str, Any]) -> dict[int, str]:
+    """Layer -> its attention module, towers and draft layers left out."""
+    return {
+        layer: tensors["o_proj.weight"].name.removesuffix(".o_proj.weight")
+        for layer, tensors in _layers(headers, config).items()
+    }
+
+
 def _nothing(reason: str) -> Foldable:
     return Foldable(no_values=reason, no_keys=reason)
 

@@ -10,6 +10,7 @@ from compressor.errors import UserError
 from compressor.evals.base import EvalSpec
 from compressor.planner.calibrated import WalkPlan
 from compressor.planner.disk import bounded
+from compressor.planner.kv_job import KvStage
 from compressor.planner.oneshot import OneshotPlan
 from compressor.planner.places import check_memory
 from compressor.planner.polished import PolishPlan
@@ -26,6 +27,7 @@ class Parts:
     walk: WalkPlan | None
     oneshot: OneshotPlan | None
     polish: PolishPlan | None
+    kv: KvStage | None
 
     @property
     def needs_whole(self) -> str:
@@ -34,6 +36,7 @@ class Parts:
             "evaluate": self.evaluation,
             "solver llmcompressor": self.oneshot,
             "weights.polish": self.polish,
+            "kv_cache": self.kv and self.kv.walk,
         }
         return ", ".join(name for name, part in parts.items() if part is not None)
 
@@ -56,7 +59,7 @@ def predict_bounded(
     download = 0 if files is None else sum(files.file_bytes.values())
     units = [unit for shard in shards for unit in shard.units]
     prediction = predict(claims, units, source.config, download)
-    for part in (parts.walk, parts.oneshot, parts.polish):
+    for part in (parts.walk, parts.oneshot, parts.polish, parts.kv):
         if part is not None:
             prediction = part.add_to(prediction)
     check_memory(prediction.peak_rss_bytes, claims, parts.evaluation, bounds.max_memory_bytes, faults)

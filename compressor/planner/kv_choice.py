@@ -79,12 +79,15 @@ def kv_options(
     layers, reason = kv_layers(config)
     if not layers:
         return (), reason or "no layer of the model has a cache"
-    longest = full_context(config)
-    contexts = contexts or _contexts(longest)
-    points = [(context, 1) for context in contexts] + [
-        (max(contexts), count) for count in (users or _DEFAULT_USERS) if count > 1
-    ]
+    points = kv_points(config, contexts, users)
     return tuple(_option(layers, config, form, points, form.name == chosen) for form in FORMATS.values()), ""
+
+
+def kv_points(config: dict[str, Any], contexts: Sequence[int], users: Sequence[int]) -> list[tuple[int, int]]:
+    """(tokens, sequences) that the cache is counted for: one of each length, several of the longest."""
+    contexts = contexts or _contexts(full_context(config))
+    several = [(max(contexts), count) for count in (users or _DEFAULT_USERS) if count > 1]
+    return [*((context, 1) for context in contexts), *several]
 
 
 def _contexts(longest: int | None) -> tuple[int, ...]:

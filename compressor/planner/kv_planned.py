@@ -113,7 +113,7 @@ def _needs_data(spec: KvSpec, layers: Sequence[KvLayer]) -> bool:
 def _format_faults(section: KvCacheSection, tier: Tier, layers: Sequence[KvLayer]) -> list[UserError]:
     """A format that the tier, or the model, cannot have; fits that were switched off."""
     faults = []
-    if not section.calibrate and (section.format == AUTO or tier == "research"):
+    if not section.calibrate and section.format == AUTO:
         what = "formats are chosen by errors measured on calibration texts, and calibrate is false"
         faults.append(UserError(what, where="kv_cache.calibrate", fix="set it to true, or name a format"))
     if section.format == AUTO:
@@ -165,18 +165,22 @@ def _budget(
         assert fixed is not None
         each = section.gib * 2**30 / (section.users or 1)
         found, key = max(0, int((each - fixed) // section.context)), "gib"
-    smallest, name = min(
+    sizes = [
         (_form_bytes(full, layers, config, FORMATS[name]), name)
         for name in _names(tier)
         if not format_problem(layers, FORMATS[name])
-    )
+    ]
+    if tier == "research":
+        # A fitted codec has a byte for the keys of a head, and one for its values, at least.
+        sizes = [(sum(2 * layer.heads for layer in full), "a fitted codec")]
+    smallest, name = min(sizes)
     if found < smallest:
         what = (
             f"{found:,} bytes a token is below the smallest format of tier {tier}: {name}, {smallest:,} bytes"
         )
         fix = f"that is {16 * smallest / plain:.2f} bits an element; raise the budget"
-        if tier == "vllm":
-            fix += ", or set tier to own"
+        if tier != "research":
+            fix += f", or set tier to {_TIERS[_TIERS.index(tier) + 1]}"
         faults.append(UserError(what, where=f"kv_cache.budget.{key}", fix=fix))
     elif found >= plain:
         warnings.append(f"the budget of the KV cache, {found:,} bytes a token, holds it in 16 bit")

@@ -28,6 +28,7 @@ from compressor.planner.faults import collect
 from compressor.planner.kept import kept_faults
 from compressor.planner.kv_bytes import full_context
 from compressor.planner.kv_choice import KvOption
+from compressor.planner.kv_job import KvStage, kv_weights_source, plan_kv_stage
 from compressor.planner.kv_planned import KvPlanned, plan_kv, section_options
 from compressor.planner.layout import group_units, pack_shards
 from compressor.planner.learned import learned_on_one_row, learned_twice
@@ -66,6 +67,7 @@ class Plan:
         polish: the distillation after it, or None where the recipe asks for none.
         prediction: bytes, memory, disk, time, GPUs.
         kv: how the KV cache is to be stored, or None where the recipe does not say.
+        kv_stage: what is done for it before the weights.
         kv_options: what each format of the KV cache would take; none where the cache is not known.
         evaluation: what to measure, or None where the recipe switches it off.
         gates: what the measured losses must not exceed.
@@ -89,6 +91,7 @@ class Plan:
     polish: PolishPlan | None
     prediction: Prediction
     kv: KvPlanned | None
+    kv_stage: KvStage | None
     kv_options: tuple[KvOption, ...]
     evaluation: EvalSpec | None
     gates: tuple[Gate, ...]
@@ -96,6 +99,11 @@ class Plan:
     workspace: Workspace
     warnings: tuple[str, ...]
     evicts: bool = False
+
+    @property
+    def weights_source(self) -> str:
+        """Content key of what weights are read from: the source, or the source once it is folded."""
+        return kv_weights_source(self.kv_stage, self.source.fingerprint)
 
     @property
     def reload_rss_bytes(self) -> int:
@@ -143,13 +151,13 @@ def make_plan(
     claims, warnings = settle_solvers(claims)
     faults += _solving_faults(claims, source, dialect, polished=recipe.weights.polish is not None)
     kv = None if recipe.kv_cache is None else plan_kv(recipe.kv_cache, source.config, faults, warnings)
-    needed = _walks(loaded, claims) or (kv is not None and kv.needs_data)
-    calibration = _calibration(loaded, source, claims, evaluation, needed, faults, warnings, planning)
+    calibration = _calibration(loaded, source, claims, evaluation, kv, faults, warnings, planning)
     oneshot = None if calibration is None else plan_oneshot(claims, calibration, source.config)
     walk = None if oneshot is not None else _walk(loaded, source, calibration, claims, faults, warnings)
     polish = None if walk is None else _polish(loaded, source, walk, claims, faults, warnings)
+    kv_stage = _kv_stage(loaded, source, claims, kv, calibration, dialect, oneshot is not None, faults)
     shards = tuple(pack_shards(group_units(claims), recipe.export.max_shard_bytes))
-    parts = Parts(evaluation, walk, oneshot, polish)
+    parts = Parts(evaluation, walk, oneshot, polish, kv_stage)
     prediction, evicts = predict_bounded(recipe.workspace, source, claims, shards, parts, faults, warnings)
     warnings[:0] = _warnings(loaded, source, prediction.result_bytes)
     warnings += dialect.warnings(modules_of(source, claims))
@@ -169,6 +177,7 @@ def make_plan(
         polish=polish,
         prediction=prediction,
         kv=kv,
+        kv_stage=kv_stage,
         kv_options=section_options(recipe.kv_cache, source.config)[0],
         evaluation=evaluation,
         gates=tuple(recipe.evaluate.gates) if recipe.evaluate else (),
@@ -219,12 +228,13 @@ def _calibration(
     source: Source,
     claims: list[Claim],
     evaluation: EvalSpec | None,
-    needed: bool,
+    kv: KvPlanned | None,
     faults: list[UserError],
     warnings: list[str],
     planning: bool,
 ) -> CalibrationSpec | None:
-    """What is calibrated on, if that is needed; adds to ``faults`` and ``warnings`` what it finds."""
+    """What is calibrated on; adds to ``faults`` and ``warnings`` what it finds."""
+    needed = _walks(loaded, claims) or (kv is not None and kv.needs_data)
     if not needed and loaded.recipe.calibration is None:
         return None
     longest = full_context(source.config)
@@ -286,9 +296,38 @@ def _polish(
     return polish
 
 
+def _kv_stage(
+    loaded: LoadedRecipe,
+    source: Source,
+    claims: Sequence[Claim],
+    kv: KvPlanned | None,
+    calibration: CalibrationSpec | None,
+    dialect: Dialect,
+    oneshot: bool,
+    faults: list[UserError],
+) -> KvStage | None:
+    """What is done for the KV cache before the weights; adds to ``faults`` why it cannot be."""
+    if kv is None:
+        return None
+    bounds = loaded.recipe.workspace
+    stage = plan_kv_stage(
+        kv.spec,
+        source,
+        claims,
+        calibration,
+        dialect,
+        oneshot=oneshot,
+        needs_data=kv.needs_data,
+        most_memory=None if bounds is None else bounds.max_memory_bytes,
+    )
+    if stage.walk is not None and not any(needs_data(claim) for claim in claims):
+        faults += walk_faults(claims, source.config, source.label)
+    return stage
+
+
 def _own_stages(plan: Plan) -> set[str]:
     """Folders of the workspace that the plan's large artefacts are in, finished or not."""
-    walk, source = plan.walk, plan.source.fingerprint
+    walk, source = plan.walk, plan.weights_source
     walked = set() if walk is None else {f"walk-{walk_key(walk, plan.claims, source)}"}
     return walked | {f"stream-{stream_key(plan)}"}
 
@@ -313,11 +352,11 @@ def stream_key(plan: Plan) -> str:
     if plan.dialect.name != "compressed-tensors":
         # Left out for the first dialect: its stages from before there were others stay valid.
         spec["dialect"] = plan.dialect.name
-    needs = [plan.source.fingerprint]
+    needs = [plan.weights_source]
     if plan.oneshot is not None:
         needs.append(oneshot_key(plan.oneshot, plan.claims, plan.source.fingerprint))
     if plan.walk is not None:
-        walked = walk_key(plan.walk, plan.claims, plan.source.fingerprint)
+        walked = walk_key(plan.walk, plan.claims, plan.weights_source)
         needs.append(walked if plan.polish is None else polish_key(plan.polish, walked))
     return stage_key("stream", STREAM_VERSION, spec, needs)
 

@@ -92,6 +92,8 @@ def escape(text: str) -> str:
 def looks_secret(name: str) -> bool:
     """Whether a key or variable is named like a credential (``hf_token``, ``apiKey``; not ``tokens``)."""
     words = [word.lower() for word in _WORD.findall(name)]
+    if words[-2:] == ["per", "token"]:  # a rate
+        return False
     return not _SECRET_WORDS.isdisjoint(words) or any(
         word == "key" and before in _SECRET_KEYS for before, word in pairwise(words)
     )

@@ -15,6 +15,15 @@ import yaml
 
 from compressor.report import rows
 from compressor.report.calibration import CalibrationFacts
+from compressor.report.kv import (
+    KV_HEADS,
+    KV_QUALITY_HEADS,
+    KvFacts,
+    kv_caption,
+    kv_notes,
+    kv_quality_rows,
+    kv_rows,
+)
 from compressor.report.model import Report
 from compressor.report.serve import request_command
 from compressor.report.words import short_name, size, visible
@@ -44,6 +53,7 @@ def render_card(report: Report, recipe_yaml: str) -> str:
         _overview(report),
         _done(report),
         *([_calibration(report, report.calibration)] if report.calibration else []),
+        *([_kv(report.kv)] if report.kv else []),
         _serving(report),
         _verified(report),
         _evaluation(report),
@@ -137,6 +147,18 @@ def _calibration(report: Report, facts: CalibrationFacts) -> str:
     if notes:
         parts.append("\n".join(f"- {escape(note)}" for note in notes))
     return "\n\n".join([*parts, _caption(rows.calibration_caption(report))])
+
+
+def _kv(facts: KvFacts) -> str:
+    parts = ["## KV cache", _caption(kv_caption(facts))]
+    if facts.sizes:
+        parts.append(_table(KV_HEADS, kv_rows(facts)))
+    if facts.quality:
+        parts.append(_table(KV_QUALITY_HEADS, kv_quality_rows(facts)))
+    notes = kv_notes(facts)
+    if notes:
+        parts.append("\n".join(f"- {escape(note)}" for note in notes))
+    return "\n\n".join(parts)
 
 
 def _serving(report: Report) -> str:

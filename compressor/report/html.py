@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from compressor.report import rows
 from compressor.report.experts import EXPERT_HEADS, expert_rows
+from compressor.report.kv import KV_HEADS, KV_QUALITY_HEADS, kv_caption, kv_notes, kv_quality_rows, kv_rows
 from compressor.report.model import Report
 from compressor.report.serve import request_command
 from compressor.report.words import percent, short_name, size, visible
@@ -58,6 +59,13 @@ def render_html(report: Report) -> str:
         expert_heads=EXPERT_HEADS,
         experts=expert_rows(facts) if facts else [],
         calibration_notes=rows.calibration_notes(facts) if facts else [],
+        kv=report.kv is not None,
+        kv_caption=kv_caption(report.kv) if report.kv else "",
+        kv_heads=KV_HEADS,
+        kv_rows=kv_rows(report.kv) if report.kv else [],
+        kv_quality_heads=KV_QUALITY_HEADS,
+        kv_quality=kv_quality_rows(report.kv) if report.kv else [],
+        kv_notes=kv_notes(report.kv) if report.kv else [],
         stages=rows.stage_rows(report),
         checks=rows.check_rows(found) if found else [],
         engine=rows.engine_rows(found.engine) if found else [],

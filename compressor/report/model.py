@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from compressor.dialects.base import DialectName
 from compressor.errors import CheckpointError
 from compressor.report.calibration import CalibrationFacts
+from compressor.report.kv import KvFacts
 from compressor.report.record import Count, Measure, Ordered, Record
 from compressor.report.verification import Verification
 
@@ -261,6 +262,7 @@ class Report(Record):
         files: name -> bytes of the output folder's files, without those that describe the run.
         verification: what ``compress verify`` found, or None until it has run.
         calibration: what solvers were shown, and what it did for each matrix, or None where none was.
+        kv: how the KV cache is stored, or None where the recipe does not say.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -278,6 +280,7 @@ class Report(Record):
     files: dict[str, Count]
     verification: Verification | None = None
     calibration: CalibrationFacts | None = None
+    kv: KvFacts | None = None
 
     def to_json(self) -> str:
         """Indented JSON; infinities and NaN as the words ``Infinity``, ``-Infinity`` and ``NaN``."""

@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterable
 
+from compressor.report.kv import KvFacts
 from compressor.report.model import Serve
 
 _NO_CPU_KERNEL = (
@@ -67,16 +68,24 @@ _OWN_MODULES = (
     "vLLM 0.32 does not know the model that {factory} makes: the command works only where a plug-in of vLLM "
     "provides it."
 )
+_OWN_CACHE = (
+    "The KV-cache format {format} is not servable by vLLM 0.32: this line serves the weights with a 16-bit "
+    "cache; kv_plan.json is for this package's own cache."
+)
 _UNKNOWN = "No serving check of {label} is recorded: compare log-probabilities before relying on it."
 
 
 def serve_facts(
-    path: str, scheme_labels: Iterable[str], model_type: str = "", factory: str | None = None
+    path: str,
+    scheme_labels: Iterable[str],
+    model_type: str = "",
+    factory: str | None = None,
+    kv: KvFacts | None = None,
 ) -> Serve:
     """The command that serves the checkpoint at ``path`` (as the user will type it), and its notes.
 
-    No flags: everything that the engine needs is in the checkpoint's config. ``model_type``: of that config.
-    ``factory``: what makes the model, where transformers does not know it.
+    Flags for the KV cache only: everything else that the engine needs is in the checkpoint's config.
+    ``model_type``: of that config. ``factory``: what makes the model, where transformers does not know it.
     """
     # An engine would take a leading dash for an option.
     model = f"./{path}" if path.startswith("-") else path
@@ -86,7 +95,13 @@ def serve_facts(
         notes.append(_OWN_MODULES.format(factory=factory))
     if model_type in _ROUTED_ON_INPUT:
         notes += [_OTHER_MODEL.format(label=label) for label in labels if label.startswith("NVFP4")]
-    return Serve(command=f"vllm serve {shell_quote(model)}", model=model, notes=tuple(dict.fromkeys(notes)))
+    flags = ""
+    if kv is not None:
+        flags = f" {kv.flags}" if kv.flags else ""
+        notes += [] if kv.servable else [_OWN_CACHE.format(format=kv.format)]
+    return Serve(
+        command=f"vllm serve {shell_quote(model)}{flags}", model=model, notes=tuple(dict.fromkeys(notes))
+    )
 
 
 def scheme_notes(label: str) -> tuple[str, ...]:

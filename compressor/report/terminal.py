@@ -14,6 +14,15 @@ from rich.text import Text
 from compressor.report import rows
 from compressor.report.calibration import CalibrationFacts
 from compressor.report.experts import EXPERT_HEADS, expert_rows
+from compressor.report.kv import (
+    KV_HEADS,
+    KV_QUALITY_HEADS,
+    KvFacts,
+    kv_caption,
+    kv_notes,
+    kv_quality_rows,
+    kv_rows,
+)
 from compressor.report.model import Report
 from compressor.report.verification import Verification
 from compressor.report.words import size, visible
@@ -59,6 +68,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
         _show_calibration(show, report.calibration)
         show.line(rows.calibration_caption(report), style="dim")
 
+    if report.kv is not None:
+        _show_kv(show, report.kv)
+
     show.title("Cost")
     show.table(("stage", "time", "memory", "device", "resumed"), rows.stage_rows(report))
     device = report.device
@@ -90,6 +102,15 @@ def _show_calibration(show: _Printer, facts: CalibrationFacts) -> None:
     show.table(rows.WORST_OUTPUT_HEADS[first:], worst, left=2 - first)
     show.table(EXPERT_HEADS, expert_rows(facts))
     for note in rows.calibration_notes(facts):
+        show.line(note)
+
+
+def _show_kv(show: _Printer, facts: KvFacts) -> None:
+    show.title("KV cache")
+    show.table(KV_HEADS, kv_rows(facts))
+    show.table(KV_QUALITY_HEADS, kv_quality_rows(facts))
+    show.line(kv_caption(facts), style="dim")
+    for note in kv_notes(facts):
         show.line(note)
 
 

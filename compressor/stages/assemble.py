@@ -15,12 +15,23 @@ from compressor.dialects.base import Dialect
 from compressor.errors import CheckpointError
 from compressor.model.aliases import linear_aliases
 from compressor.stages.base import Shard
+from compressor.stages.kv import SCALES_NAME
+from compressor.stages.kv_export import describe_kv, kv_files, result_names, scale_headers
 from compressor.stages.modules import modules_of
 from compressor.workspace import write_json
 
 
-def assemble(source: Source, shards: Sequence[Shard], dialect: Dialect, streamed: Path, folder: Path) -> None:
+def assemble(
+    source: Source,
+    shards: Sequence[Shard],
+    dialect: Dialect,
+    streamed: Path,
+    folder: Path,
+    kv: Path | None = None,
+) -> None:
     """Writes a complete checkpoint into ``folder``: shards (linked), index, configs, side files.
+
+    ``kv``: folder of the stage before the weights, whose plan and scales are added.
 
     Raises:
         CheckpointError: the shards do not hold exactly what was claimed, or a source tensor is in none.
@@ -28,19 +39,26 @@ def assemble(source: Source, shards: Sequence[Shard], dialect: Dialect, streamed
     names = shard_names(len(shards))
     check_sources(source, shards)
     check_outputs(shards, [streamed / name for name in names])
-    for name in names:
-        link_or_copy(streamed / name, folder / name)
-    write_index(
-        folder,
-        {
-            name: [output.name for unit in shard.units for claim in unit.claims for output in claim.outputs]
-            for name, shard in zip(names, shards, strict=True)
-        },
-        sum(shard.result_bytes for shard in shards),
-    )
+    scales, beside = scale_headers(kv), kv_files(kv)
+    results, scales_name = result_names(len(shards), scales=bool(scales))
+    for name, result in zip(names, results, strict=True):
+        link_or_copy(streamed / name, folder / result)
+    for file in beside:
+        link_or_copy(file, folder / file.name)
+    contents = {
+        name: [output.name for unit in shard.units for claim in unit.claims for output in claim.outputs]
+        for name, shard in zip(results, shards, strict=True)
+    }
+    if kv is not None and scales:
+        link_or_copy(kv / SCALES_NAME, folder / scales_name)
+        contents[scales_name] = [header.name for header in scales]
+    total = sum(shard.result_bytes for shard in shards) + sum(header.nbytes for header in scales)
+    # Engines read every safetensors file of a folder without an index.
+    write_index(folder, contents, total, always=any(file.suffix == ".safetensors" for file in beside))
     source.write_side_files(folder)
     claims = [claim for shard in shards for unit in shard.units for claim in unit.claims]
     described = dialect.describe(modules_of(source, claims, linear_aliases(source)))
+    described = describe_kv(described, dialect, scales)
     narrowed = any(
         claim.action == "copy" and claim.outputs[0].dtype != claim.tensor.dtype for claim in claims
     )

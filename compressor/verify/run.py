@@ -12,6 +12,7 @@ from compressor.report.model import utc_now
 from compressor.report.verification import EngineFacts, Verification, VerifyCheck
 from compressor.verify.base import Check
 from compressor.verify.engine import find_engine_python
+from compressor.verify.folded import folded_source
 from compressor.verify.inputs import factory_of, find_source, missing_room
 from compressor.verify.record import record
 from compressor.verify.serving import Questions, question_engine
@@ -63,7 +64,8 @@ def _check_models(
     source = find_source(spec.checkpoint, spec.source, spec.revision, spec.cache, progress, spec.from_)
     if source is not None:
         checks.append(check_meaning(spec.checkpoint, source, near=spec.cache.parent))
-        checks += check_source_values(spec.checkpoint, source, progress)
+        folded, fold = folded_source(spec.checkpoint, source)
+        checks += [*fold, *check_source_values(spec.checkpoint, folded, progress)]
     unread = [check for check in checks if check.name == "config" and check.status == "skipped"]
     factory = factory_of(spec.checkpoint)
     if unread:

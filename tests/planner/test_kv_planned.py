@@ -69,6 +69,12 @@ def test_states_and_windows_come_out_of_a_budget_in_gib():
             "budget.bytes_per_token",
             "turboquant_mse_1bit, 23,040 bytes",
         ),
+        (
+            {"budget": {"bits": 0.05}, "tier": "research"},
+            LLAMA_70B,
+            "budget.bits",
+            "a fitted codec, 1,280 bytes",
+        ),
         ({"format": "turboquant_2.5bit", "tier": "vllm"}, LLAMA_70B, "format", "not servable by vLLM 0.32"),
         ({"budget": {"bits": 4}, "calibrate": False}, LLAMA_70B, "calibrate", "calibrate is false"),
         ({"budget": {"bits": 4}}, {"model_type": "deepseek_v3"}, "format", "no formats to choose among"),

@@ -43,4 +43,8 @@ def test_a_section_is_written_back_equal(write):
     assert recipe.kv_cache is not None
     assert recipe.kv_cache.budget is not None
     assert recipe.kv_cache.budget.users == 8
+    counted = load_recipe(str(write(f"{HEAD}kv_cache: {{budget: {{bytes_per_token: 900}}}}\n"))).recipe
+    assert counted.kv_cache is not None
+    assert counted.kv_cache.budget is not None
+    assert counted.kv_cache.budget.bytes_per_token == 900
     assert "kv_cache" not in dump_recipe(load_recipe(str(write(HEAD))).recipe)
