@@ -18,7 +18,7 @@ LEVELS: list[set[str]] = [
     {"api", "__init__"},
     {"smoke"},
     {"runner"},
-    {"summary", "export", "compare", "verify"},
+    {"summary", "export", "compare", "verify", "serving"},
     {"planner", "report"},
     {"recipe"},
     {"stages"},

@@ -1,0 +1,1 @@
+"""Serving what engines do not have: a vLLM plug-in for packed KV caches."""
