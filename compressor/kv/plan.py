@@ -1,4 +1,4 @@
-"""Which format each attention layer has, with what was fitted: ``kv_plan.json`` and ``kv_plan.safetensors``.
+"""Which format each attention layer has, with what was fitted: ``kv_plan.json`` and ``kv_plan.tensors``.
 
 A plan may come from strangers: sizes, names, shapes and types are checked before anything is made of them.
 """
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from compressor.kv.layer import LayerCodecs
 
 JSON_NAME = "kv_plan.json"
-TENSORS_NAME = "kv_plan.safetensors"
+# In safetensors; vLLM takes every *.safetensors of a folder without an index for weights, and fails.
+TENSORS_NAME = "kv_plan.tensors"
 BF16 = "bf16"
 ENGINE_BYTES = 2  # of an element in 16 bit
 

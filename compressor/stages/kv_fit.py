@@ -43,7 +43,7 @@ class FittedKv:
     """What a fit gives.
 
     Attributes:
-        plan: written to ``kv_plan.json`` and ``kv_plan.safetensors``.
+        plan: written to ``kv_plan.json`` and ``kv_plan.tensors``.
         facts: for the report: ``error_of``, what errors are of (``loss`` in nats a token, or ``attention
             output`` relative to itself), ``expected_error``, the sum over layers, and ``tokens_heard``.
     """
