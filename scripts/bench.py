@@ -15,6 +15,7 @@
                                         fine-tunes the model, so that its weights leave their 4-bit grid
     python scripts/bench.py kv --needle 512 1024
                                         KV-cache formats: quality against bits, table and plot
+    python scripts/bench.py kv-kernels  attention over packed KV caches against PyTorch's in bf16, on a GPU
 
 Each measurement runs in a process of its own, ours and theirs alternating; medians and spread go to
 ``bench/results/*.json`` and, as a Markdown table, to stdout. Times are those of this machine: quote ratios.
@@ -44,6 +45,14 @@ from scripts.benchmarks.settings import PEERS, SCHEMES  # noqa: E402
 from scripts.benchmarks.shapes import SHAPES  # noqa: E402
 from scripts.benchmarks.stream import stream, walk  # noqa: E402
 
+
+def kv_kernels(options: argparse.Namespace) -> dict[str, Any]:
+    """Measured in this process, which imports torch for it."""
+    from scripts.benchmarks.kv_kernels import kv_kernels
+
+    return kv_kernels(options)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "quality": quality,
     "stream": stream,
@@ -53,6 +62,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "layers": layers,
     "off-grid": off_grid,
     "kv": kv,
+    "kv-kernels": kv_kernels,
 }
 # Tokens of text: the calibrated table has many rows.
 TOKENS = {"calibrated": 16384, "layers": 16384, "off-grid": 16384}
