@@ -154,15 +154,15 @@ def operands(
     if ASM == "":
         k0, k1 = _operand(x, levels, 0, KIND, BITS, TYPE), _operand(x, levels, 1, KIND, BITS, TYPE)
         k2, k3 = _operand(x, levels, 2, KIND, BITS, TYPE), _operand(x, levels, 3, KIND, BITS, TYPE)
-        found = (k0, k1, k2, k3)
-        if PLACES == 8:
+        if PLACES == 4:
+            return k0, k1, k2, k3
+        else:  # noqa: RET505 (Triton compiles what follows a return)
             k4, k5 = _operand(x, levels, 4, KIND, BITS, TYPE), _operand(x, levels, 5, KIND, BITS, TYPE)
             k6, k7 = _operand(x, levels, 6, KIND, BITS, TYPE), _operand(x, levels, 7, KIND, BITS, TYPE)
-            found = (k0, k1, k2, k3, k4, k5, k6, k7)
+            return k0, k1, k2, k3, k4, k5, k6, k7
     else:
         types: tl.constexpr = _times(TYPE, PLACES)
         if PLACES == 4:
-            found = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r,r", [x], types, True, 2)
-        else:
-            found = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [x], types, True, 2)
-    return found
+            return tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r,r", [x], types, True, 2)
+        else:  # noqa: RET505 (Triton compiles what follows a return)
+            return tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [x], types, True, 2)

@@ -33,7 +33,6 @@ REPLAYS, REPLAY_S = 9, 0.01
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 Step = Callable[[int], object]
 
@@ -161,10 +160,10 @@ def _fused(
 
 def _decoded_first(query: torch.Tensor, slots: list[tuple[torch.Tensor, torch.Tensor]], codecs: Any) -> Step:
     def step(i: int) -> object:
-        decoded = (
+        keys, values = (
             codec.decode(part, HEAD_DIM, torch.bfloat16) for codec, part in zip(codecs, slots[i], strict=True)
         )
-        return scaled_dot_product_attention(query, *decoded, enable_gqa=True)
+        return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
     return step
 
