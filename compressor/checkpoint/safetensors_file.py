@@ -171,7 +171,8 @@ def read_tensor(path: Path, header: TensorHeader, offset: int, index: int | None
     shape = header.shape if index is None else header.shape[1:]
     if index is not None:
         offset += index * prod(shape) * DTYPE_BYTES[header.dtype]
-    tensor = torch.empty(shape, dtype=torch_dtype(header.dtype))
+    # Engines have the accelerator as default device while they build a model.
+    tensor = torch.empty(shape, dtype=torch_dtype(header.dtype), device="cpu")
     if tensor.numel():
         read_into(path, tensor.view(-1).view(torch.uint8).numpy().data, offset, header.name)
     return tensor
