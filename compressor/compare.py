@@ -66,7 +66,9 @@ def compare(
 
     spec = EvalSpec(text=found, text_label=text, tokens=tokens, context=context)
     try:
-        result = load_checkpoint_model(checkpoint, torch.float32, fused=fused_tensors(opened))
+        result = load_checkpoint_model(
+            checkpoint, torch.float32, fused=fused_tensors(opened), cache_16bit=True
+        )
     except CheckpointError as error:
         # Experts that were written one by one are put together by the source's names.
         kind, wanted = _kind(checkpoint), opened.config.get("model_type")

@@ -244,7 +244,8 @@ def _kv_facts(plan: Plan, folder: Path | None, shown: Mapping[str, Any]) -> KvFa
         return None
     weights = _weights(plan)
     changed = weights.changed if isinstance(weights, FoldedSource) else ()
-    return kv_facts(plan, folder, shown["kv"]["kv"], shown["evaluate"].get("kv", ()), changed)
+    quality = (shown["evaluate"]["evaluation"] or {}).get("kv", ())
+    return kv_facts(plan, folder, shown["kv"]["kv"], quality, changed)
 
 
 def _measured(spec: EvalSpec | None) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def load_checkpoint_model(
     *,
     fused: Sequence[FusedTensor] = (),
     factory: str | None = None,
+    cache_16bit: bool = False,
 ) -> LoadedCheckpoint:
     """A result folder with its weights decoded, parameters of ``dtype``, on the CPU.
 
@@ -92,6 +93,8 @@ def load_checkpoint_model(
         fused: for families whose experts were written one by one, the source tensors and their parts
             (``FusedTensor``); used where transformers cannot read the layout itself.
         factory: ``module:callable`` of an installed package that the user allowed to make the model.
+        cache_16bit: leave keys and values as they are, where the folder's config rounds them to FP8 with
+            static scales (``kv_cache_scheme``).
 
     Raises:
         CheckpointError: another kind of quantization, unreadable, or a parameter of the model is missing.
@@ -119,6 +122,8 @@ def load_checkpoint_model(
             return _from_tensors(config, tensors)
         assert quantization is not None, "compressed-tensors is described in config.json only"
         quantization["dequantize"] = True
+        if cache_16bit:
+            quantization.pop("kv_cache_scheme", None)
         return _from_folder(folder, config)
 
     model, info = _guarded(load, str(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,10 @@ from compressor.checkpoint.made_by import allowed_factory
 from compressor.device import available_memory_bytes
 from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import EvalResult, EvalSpec
-from compressor.kv.plan import JSON_NAME
 from compressor.model.quiet import quiet
 from compressor.progress import Progress
 from compressor.stages.base import Claim
-from compressor.stages.kv_evaluate import PLAN, kv_variants, with_kv
+from compressor.stages.kv_evaluate import PLAN, kv_variants, plan_modes, with_kv
 from compressor.stages.simulated import simulate_activations
 from compressor.stages.tokens import source_tokenizer
 from compressor.workspace import Workspace
@@ -96,14 +96,21 @@ def check_tokens(source: Source, spec: EvalSpec, space: Workspace) -> None:
 
 @quiet()
 def reload(checkpoint: Path, source: Source) -> LoadedCheckpoint:
-    """The checkpoint as transformers loads it; one short forward pass must give finite logits."""
+    """The checkpoint as transformers loads it, with a 16-bit KV cache, which is measured apart.
+
+    One short forward pass must give finite logits.
+    """
     import torch
 
     from compressor.model.decode import fused_tensors
     from compressor.model.load import load_checkpoint_model
 
     loaded = load_checkpoint_model(
-        checkpoint, torch.float32, fused=fused_tensors(source), factory=allowed_factory(source)
+        checkpoint,
+        torch.float32,
+        fused=fused_tensors(source),
+        factory=allowed_factory(source),
+        cache_16bit=True,
     )
     with torch.no_grad():
         logits = loaded.model(torch.arange(8)[None]).logits
@@ -117,19 +124,26 @@ def measure(
 ) -> EvalResult:
     """Everything that ``spec`` asks for, of the reloaded result against its source.
 
-    A result with a ``kv_plan.json`` is also measured with its cache stored so, against a 16-bit one.
+    A result with a ``kv_plan.json`` is also measured with its cache stored so, against a 16-bit one: as
+    stored, and as vLLM reads it, where that differs.
     """
     import torch
 
     from compressor.evals.run import evaluate_pair
     from compressor.model.load import load_source_model, load_tokenizer, set_dtype
 
-    tokenizer = load_tokenizer(checkpoint)
-    planned = (PLAN,) if (checkpoint / JSON_NAME).is_file() else ()
-    variants = kv_variants(result.model.config, planned, "strict", checkpoint, progress)
+    tokenizer, model = load_tokenizer(checkpoint), result.model
+    variants = {
+        mode: kv_variants(model.config, (PLAN,), mode, checkpoint, progress)
+        for mode in plan_modes(checkpoint)
+    }
     source_model = load_source_model(source, torch.float32)
     measured = evaluate_pair(source_model, result, tokenizer, spec, progress)
     if variants:
         # Tasks may have left it in another.
-        set_dtype(result.model, torch.float32)
-    return with_kv(measured, result.model, tokenizer, variants, spec, progress)
+        set_dtype(model, torch.float32)
+    kv = [
+        with_kv(measured, model, tokenizer, asked, spec, progress, mode=mode).kv
+        for mode, asked in variants.items()
+    ]
+    return replace(measured, kv=tuple(found for of_mode in kv for found in of_mode))

@@ -83,6 +83,23 @@ def kv_variants(
     return made
 
 
+def plan_modes(checkpoint: Path) -> tuple[Mode, ...]:
+    """The modes that tell apart how a checkpoint's own plan is read; none without a plan, or one of 16 bit.
+
+    Raises:
+        CheckpointError: a broken plan.
+    """
+    from compressor.kv.plan import KvPlan
+
+    if not (checkpoint / JSON_NAME).is_file():
+        return ()
+    plan = KvPlan.read(checkpoint)
+    packed = [plan.layers[index].format for index in plan.codecs()]
+    if not packed:
+        return ()
+    return ("strict", "vllm") if all(name.startswith(_RAW_PROMPTS) for name in packed) else ("strict",)
+
+
 def _planned(config: PreTrainedConfig, checkpoint: Path) -> dict[int, LayerCodecs]:
     """The layers of the checkpoint's own plan, which must be those of its model."""
     from compressor.kv.cache import full_attention_layers, head_sizes

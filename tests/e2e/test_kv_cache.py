@@ -206,3 +206,25 @@ def test_faults_are_found_in_the_plan(tmp_path: Path, source: Path, rest: str) -
     """With their place in the file."""
     with pytest.raises(PlanError, match=r"recipe\.yaml:\d+:\d+: .* below the smallest format"):
         run(tmp_path, source, "{budget: {bits: 1}}", rest)
+
+
+def test_the_cache_is_measured_as_stored_and_as_vllm_reads_it(
+    tmp_path: Path, source: Path, rest: str
+) -> None:
+    """Against the same result with a 16-bit cache; what is measured of the weights does not hold it."""
+    text = tmp_path / "measured.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    measured = f"evaluate: {{text: {json.dumps(str(text))}, tokens: 256, context: 64}}\n"
+    rest = rest.replace("evaluate: null\n", measured)
+    output = run(tmp_path / "turbo", source, "{format: turboquant_4bit_nc}", rest)
+    found = json.loads((output / "report.json").read_text())["kv"]["quality"]
+    assert [row["mode"] for row in found] == ["strict", "vllm"]
+    assert all(0 < row["kl_mean"] < 0.5 for row in found)
+    fp8 = run(tmp_path / "fp8", source, "{format: fp8}", rest)
+    plain = run(tmp_path / "bf16", source, "{format: bf16}", rest)
+    (row,) = json.loads((fp8 / "report.json").read_text())["kv"]["quality"]
+    report = json.loads((plain / "report.json").read_text())
+    assert report["kv"]["quality"] == []
+    assert row["perplexity"] != row["perplexity_16bit"]
+    weights = json.loads((fp8 / "report.json").read_text())["quality"]["perplexity"]
+    assert weights == report["quality"]["perplexity"]
