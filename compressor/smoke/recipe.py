@@ -8,8 +8,10 @@ from typing import Any
 
 from compressor.model.families import family_for
 from compressor.planner.claims import unmet_patterns
+from compressor.planner.kv_choice import BF16, kv_options
 from compressor.planner.plan import Plan
 from compressor.recipe.calibration import CalibrationSection
+from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
 from compressor.recipe.load import LoadedRecipe
 from compressor.recipe.model import EvaluateSection, ModelSection, Recipe, WeightsSection
 from compressor.solvers.base import Solver
@@ -34,6 +36,7 @@ def small_recipe(
         "weights": _weights(recipe.weights, unmet),
         "calibration": _calibration(plan),
         "evaluate": _evaluate(recipe),
+        "kv_cache": _kv_cache(plan, config),
     }
     patterns = list(dict.fromkeys(pattern for _, pattern in sorted(unmet)))
     # Without patterns the rules' numbers, and so their places, may be others.
@@ -94,6 +97,25 @@ def _calibration(plan: Plan) -> CalibrationSection | None:
         "images": None,
     }
     return section.model_copy(update=few)
+
+
+def _kv_cache(plan: Plan, config: dict[str, Any]) -> KvCacheSection | None:
+    """The same format; of a budget the same share of 16 bit, or what the smallest format takes.
+
+    Few layers may all be those that vLLM keeps in 16 bit.
+    """
+    section, kv = plan.loaded.recipe.kv_cache, plan.kv
+    if section is None or kv is None or kv.spec.budget_bytes_per_token is None:
+        return section
+    whole, small = (
+        {option.format: option for option in kv_options(of)[0]} for of in (plan.source.config, config)
+    )
+    plain = small[BF16].bytes_per_token
+    wanted = kv.spec.budget_bytes_per_token * plain // whole[BF16].bytes_per_token
+    smallest = min(
+        option.bytes_per_token for option in small.values() if not option.problem and option.tier == "vllm"
+    )
+    return section.model_copy(update={"budget": KvBudgetSection(bytes_per_token=max(wanted, smallest))})
 
 
 def _evaluate(recipe: Recipe) -> EvaluateSection:

@@ -30,6 +30,7 @@ NAMES = [
     "smollm2-fp8",
     "smollm2-int4",
     "smollm2-nvfp4-gptq",
+    "smollm2-nvfp4-kv4",
     "smollm2-nvfp4",
 ]
 
