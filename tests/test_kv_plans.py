@@ -29,4 +29,4 @@ def test_fitted_plans_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture
     assert rows[1][1] == "240"
     assert rows[0][5] == "0 [0, 0]"
     assert float(rows[3][4]) < 1e-4 < float(rows[1][4])
-    assert rows[3][6].startswith("100 [100, 100]")
+    assert float(rows[3][6].split()[0]) > 95

@@ -30,7 +30,7 @@ from compressor.stages.kv_gather import Gathered, Wanted, gather_blocks, gather_
 
 FITTED = "fitted"
 
-_MOST_ROWS = 65536  # of a layer and side: 256 for each centroid
+_MOST_ROWS = 32768  # of a layer and side: 128 for each centroid
 _TRIED = 8  # sequences on which formats are measured
 # Parameters, their gradients' way back and the logits, over the bytes of fp32 parameters.
 _WHOLE_SHARE = 4.0
