@@ -20,9 +20,9 @@ Tier = Literal["vllm", "own", "research"]
 class KvCodec(ABC):
     """How the keys, or the values, of one layer are stored: a slot of bytes for each token and KV head.
 
-    A slot depends on its own token only, so that a cache can be written token by token. What was fitted to
-    a layer (scales, rotations, codebooks) belongs to the codec, not to the slots: its bytes do not grow with
-    the number of tokens.
+    A slot depends on its own token and its place in the sequence only, so that a cache can be written token
+    by token. What was fitted to a layer (scales, rotations, codebooks) belongs to the codec, not to the
+    slots: its bytes do not grow with the number of tokens.
 
     Attributes:
         kind: the codec's name in ``kv_plan.json``.
@@ -41,6 +41,18 @@ class KvCodec(ABC):
     @abstractmethod
     def decode(self, slots_BHTS: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         """[B, H, T, D] in ``dtype`` of what ``encode`` made."""
+
+    def encode_at(self, x_BHTD: torch.Tensor, first: int) -> torch.Tensor:
+        """The same for tokens the first of which is number ``first`` of its sequence, as caches count."""
+        del first
+        return self.encode(x_BHTD)
+
+    def decode_at(
+        self, slots_BHTS: torch.Tensor, head_dim: int, dtype: torch.dtype, first: int
+    ) -> torch.Tensor:
+        """What ``encode_at`` made, decoded."""
+        del first
+        return self.decode(slots_BHTS, head_dim, dtype)
 
     def problem(self, head_dim: int) -> str | None:
         """Why heads of this size cannot be stored so, in words for the user; None where they can."""

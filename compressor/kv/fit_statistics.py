@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from compressor.kv.base import KvCodec
+from compressor.kv.fitted_rotary import turned
 
 
 class SideStatistics:
@@ -92,6 +93,8 @@ class LayerStatistics:
         keys: after rotary positions.
         values: as they are.
         query_HDD: fp64, sum over tokens and the query heads of each KV head of q q.
+        turned_keys: keys with their rotary positions undone; None where these are not known.
+        turned_query_HDD: as ``query_HDD``, of queries turned back each by its own position.
     """
 
     def __init__(self, heads: int, head_dim: int, most_rows: int) -> None:
@@ -99,13 +102,37 @@ class LayerStatistics:
         self.keys = SideStatistics(heads, head_dim, most_rows)
         self.values = SideStatistics(heads, head_dim, most_rows)
         self.query_HDD = torch.zeros(heads, head_dim, head_dim, dtype=torch.float64)
+        self.turned_keys: SideStatistics | None = None
+        self.turned_query_HDD = torch.zeros_like(self.query_HDD)
 
-    def add_queries(self, query_BQTD: torch.Tensor) -> None:
-        """Hears the queries of a pass."""
+    def add_queries(self, query_BQTD: torch.Tensor, frequencies_P: torch.Tensor | None) -> None:
+        """Hears the queries of a pass from the first token on."""
+        query_BQTD = query_BQTD.detach()
+        self.query_HDD += self._moments(query_BQTD)
+        if frequencies_P is not None:
+            self.turned_query_HDD += self._moments(turned(query_BQTD, frequencies_P, 0, back=True))
+
+    def _moments(self, query_BQTD: torch.Tensor) -> torch.Tensor:
         batch, heads, tokens, head_dim = query_BQTD.shape
         shape = (batch, self.heads, heads // self.heads * tokens, head_dim)
-        rows = query_BQTD.detach().reshape(shape).transpose(0, 1).flatten(1, 2).float()
-        self.query_HDD += (rows.mT @ rows).double().cpu()
+        rows = query_BQTD.reshape(shape).transpose(0, 1).flatten(1, 2).float()
+        return (rows.mT @ rows).double().cpu()
+
+    def add_turned_keys(
+        self,
+        key_BHTD: torch.Tensor,
+        gradient_BHTD: torch.Tensor | None,
+        frequencies_P: torch.Tensor,
+        most_rows: int,
+        sink: int,
+        stride: int,
+    ) -> SideStatistics:
+        """Hears the keys of a pass from the first token on, turned back; see ``SideStatistics.add``."""
+        if self.turned_keys is None:
+            self.turned_keys = SideStatistics(self.heads, self.head_dim, most_rows)
+        gradient = None if gradient_BHTD is None else turned(gradient_BHTD, frequencies_P, 0, back=True)
+        self.turned_keys.add(turned(key_BHTD.detach(), frequencies_P, 0, back=True), gradient, sink, stride)
+        return self.turned_keys
 
 
 def _flat(x_BHTD: torch.Tensor) -> torch.Tensor:

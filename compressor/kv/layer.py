@@ -119,7 +119,8 @@ class _Side:
     def _pack(self, x_BHTD: torch.Tensor) -> None:
         if x_BHTD.shape[2] == 0:
             return
-        slots_BHTS = self._codec.encode(x_BHTD)
+        first = self._sink.shape[2] + (self._slots.tokens if self._slots else 0)
+        slots_BHTS = self._codec.encode_at(x_BHTD, first)
         assert slots_BHTS.dtype == torch.uint8
         assert slots_BHTS.shape[-1] == self._codec.slot_bytes(self._head_dim), type(self._codec).__name__
         if self._slots is None:
@@ -130,7 +131,8 @@ class _Side:
         """[B, H, T, D] of everything stored, in the dtype of what came in."""
         parts = [self._sink.to(self._dtype)]
         if self._slots is not None:
-            parts.append(self._codec.decode(self._slots.held(), self._head_dim, self._dtype))
+            first = self._sink.shape[2]
+            parts.append(self._codec.decode_at(self._slots.held(), self._head_dim, self._dtype, first))
         return torch.cat([*parts, self._recent.to(self._dtype)], dim=2)
 
     def drop_last(self, tokens: int) -> None:

@@ -265,6 +265,8 @@ class _Reader:
 def codec_classes() -> dict[str, type[KvCodec]]:
     """Kind -> codec: those of all formats, and the fitted ones."""
     from compressor.kv.fitted import FittedCodec
+    from compressor.kv.fitted_rotary import RotaryFittedCodec
 
     made = [codec for form in FORMATS.values() if form.make is not None for codec in form.make()]
-    return {FittedCodec.kind: FittedCodec} | {codec.kind: type(codec) for codec in made}
+    fitted: tuple[type[KvCodec], ...] = (FittedCodec, RotaryFittedCodec)
+    return {codec.kind: codec for codec in fitted} | {codec.kind: type(codec) for codec in made}

@@ -71,6 +71,18 @@ def check_hearable(source: Source) -> None:
         )
 
 
+def rotary_frequencies(model: nn.Module) -> torch.Tensor | None:
+    """fp32 [P], radians a token of the rotary pairs; None without rotary positions, or with several kinds.
+
+    ``model``: with its buffers. transformers keeps them as ``inv_freq``; which coordinates make a pair is not
+    told there.
+    """
+    found = [buffer.float() for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    if not found or any(not torch.equal(found[0], other) for other in found[1:]):
+        return None
+    return found[0]
+
+
 @contextmanager
 def heard_attention(module: nn.Module, hear: Hear) -> Iterator[None]:
     """Tells ``hear`` every attention of ``module`` (a model or a block) that runs within the context.

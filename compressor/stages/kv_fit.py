@@ -20,11 +20,12 @@ from compressor.kv.base import KvCodec, KvFormat
 from compressor.kv.cache import full_attention_layers
 from compressor.kv.fit_codec import Coordinates, expected_errors, find_coordinates, fit_codec, token_weights
 from compressor.kv.fit_statistics import LayerStatistics, SideStatistics
+from compressor.kv.fitted_rotary import RotaryFittedCodec
 from compressor.kv.formats import FORMATS
 from compressor.kv.plan import BF16, KvPlan, LayerPlan
 from compressor.kv.spec import AUTO, KvSpec
-from compressor.model.attention_heard import check_hearable
-from compressor.model.skeleton import build_skeleton
+from compressor.model.attention_heard import check_hearable, rotary_frequencies
+from compressor.model.skeleton import build_skeleton, compute_buffers, library_faults
 from compressor.progress import Progress
 from compressor.stages.kv_gather import Gathered, Wanted, gather_blocks, gather_whole
 
@@ -36,6 +37,7 @@ _TRIED = 8  # sequences on which formats are measured
 _WHOLE_SHARE = 4.0
 _REFERENCE = "int4_per_token_head"
 _SIDES = ("keys", "values")
+_COMPARED_BITS = 2  # of an element of keys
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,14 @@ class AttentionShape:
         heads: KV heads of each.
         head_dim: their elements.
         dense: whether there are no other layers.
+        frequencies_P: of rotary pairs, fp32; None where they are not known.
     """
 
     layers: tuple[int, ...]
     heads: int
     head_dim: int
     dense: bool
+    frequencies_P: torch.Tensor | None = None
 
     @classmethod
     def of(cls, source: Source) -> AttentionShape:
@@ -111,12 +115,19 @@ class AttentionShape:
             CheckpointError: latent attention, or a model that cannot be built.
         """
         check_hearable(source)
-        config = build_skeleton(source).config
+        model = build_skeleton(source)
+        config = model.config
         layers = full_attention_layers(config)
         text = config.get_text_config(decoder=True)
         heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
         head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-        return cls(tuple(layers), heads, head_dim, dense=len(layers) == text.num_hidden_layers)
+        with library_faults(source.label, "its buffers cannot be computed"):
+            compute_buffers(model, set())
+        frequencies_P = rotary_frequencies(model)
+        if frequencies_P is not None and 2 * len(frequencies_P) > head_dim:
+            frequencies_P = None
+        dense = len(layers) == text.num_hidden_layers
+        return cls(tuple(layers), heads, head_dim, dense, frequencies_P)
 
     @property
     def plain(self) -> LayerPlan:
@@ -148,6 +159,7 @@ def gather(
         most_rows=_MOST_ROWS if spec.tier == "research" else 1,
         codecs=_codecs(_tried(spec, shape)),
         tried=_TRIED,
+        frequencies_P=shape.frequencies_P if spec.tier == "research" else None,
     )
     parameters = sum(header.numel for header in source.headers.values())
     if 4 * parameters * _WHOLE_SHARE < available_memory_bytes():
@@ -261,45 +273,70 @@ def _own(
     return layers, allocation.cost
 
 
+@dataclass(frozen=True)
+class _Side:
+    """Keys or values of a layer: what was heard, their coordinates, and by what keys are turned back."""
+
+    heard: SideStatistics
+    weights_N: torch.Tensor
+    coordinates: Coordinates
+    frequencies_P: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, heard: SideStatistics, frequencies_P: torch.Tensor | None = None) -> _Side:
+        weights_N = token_weights(heard.counts_N)
+        found = find_coordinates(heard.rows_NE, weights_N, heard.metric_EE / heard.tokens)
+        return cls(heard, weights_N, found, frequencies_P)
+
+    def codec(self, token_bytes: int, heads: int) -> KvCodec:
+        made = fit_codec(
+            self.coordinates, self.heard.rows_NE, self.weights_N, token_bytes=token_bytes, kv_heads=heads
+        )
+        return made if self.frequencies_P is None else RotaryFittedCodec.of(made, self.frequencies_P)
+
+
 def _research(
     budget: int, shape: AttentionShape, gathered: Gathered, progress: Progress
 ) -> tuple[dict[int, LayerPlan], float]:
     """Fitted codecs; bytes are shared out between layers, and between keys and values."""
-    found: dict[tuple[int, str], Coordinates] = {}
+    elements = shape.heads * shape.head_dim
+    found: dict[int, _Side] = {}
     options: dict[int, list[Candidate]] = {}
     for index, layer in sorted(gathered.layers.items()):
-        for number, name in enumerate(_SIDES):
-            side: SideStatistics = getattr(layer, name)
-            weights_N = token_weights(side.counts_N)
-            place = found[index, name] = find_coordinates(
-                side.rows_NE, weights_N, side.metric_EE / side.tokens
-            )
-            worth = 0.5 if gathered.gradients else _worth(side, layer, gathered)
-            errors = worth * expected_errors(place.spread_C, shape.heads * shape.head_dim)
+        sides = (_keys(layer, shape), _Side.of(layer.values))
+        for number, (side, plain) in enumerate(zip(sides, (layer.keys, layer.values), strict=True)):
+            worth = 0.5 if gathered.gradients else _worth(plain, layer, gathered)
+            errors = worth * expected_errors(side.coordinates.spread_C, elements)
+            found[2 * index + number] = side
             options[2 * index + number] = [
                 Candidate(str(slot), slot * shape.heads, float(errors[slot * shape.heads]))
                 for slot in range(1, shape.head_dim + 1)
             ]
     allocation = allocate(options, budget)
     progress.start("kv codecs", len(options), "items")
-    codecs: dict[tuple[int, str], KvCodec] = {}
-    for (index, name), place in found.items():
-        side = getattr(gathered.layers[index], name)
-        candidate = allocation.chosen[2 * index + _SIDES.index(name)]
-        codecs[index, name] = fit_codec(
-            place,
-            side.rows_NE,
-            token_weights(side.counts_N),
-            token_bytes=candidate.token_bytes,
-            kv_heads=shape.heads,
-        )
-        progress.advance(1, f"layer {index} {name}")
+    codecs: dict[int, KvCodec] = {}
+    for place, side in found.items():
+        codecs[place] = side.codec(allocation.chosen[place].token_bytes, shape.heads)
+        progress.advance(1, f"layer {place // 2} {_SIDES[place % 2]}")
     progress.finish()
     layers = {
-        index: LayerPlan(FITTED, shape.heads, shape.head_dim, codecs[index, "keys"], codecs[index, "values"])
+        index: LayerPlan(FITTED, shape.heads, shape.head_dim, codecs[2 * index], codecs[2 * index + 1])
         for index in shape.layers
     }
     return layers, allocation.cost
+
+
+def _keys(layer: LayerStatistics, shape: AttentionShape) -> _Side:
+    """Keys as they are or turned back, whichever leaves less error."""
+    plain = _Side.of(layer.keys)
+    if layer.turned_keys is None:
+        return plain
+    turned = _Side.of(layer.turned_keys, shape.frequencies_P)
+    compared = max(1, shape.heads * shape.head_dim * _COMPARED_BITS // 8)
+    errors = [
+        float(expected_errors(side.coordinates.spread_C, compared)[compared]) for side in (plain, turned)
+    ]
+    return plain if errors[0] <= errors[1] else turned
 
 
 def _worth(side: SideStatistics, layer: LayerStatistics, gathered: Gathered) -> float:

@@ -53,6 +53,7 @@ class Wanted:
         most_rows: tokens of a layer kept.
         codecs: of keys and of values, by name, whose errors are measured.
         tried: sequences on which they are.
+        frequencies_P: of rotary pairs, fp32; None where they are not known.
     """
 
     layers: Collection[int]
@@ -60,6 +61,7 @@ class Wanted:
     most_rows: int
     codecs: tuple[Mapping[str, KvCodec], Mapping[str, KvCodec]]
     tried: int
+    frequencies_P: torch.Tensor | None = None
 
 
 def gather_whole(
@@ -102,6 +104,9 @@ def gather_whole(
                 side.add(x.detach(), x.grad, wanted.sink, _stride(ids_NT, wanted))
                 if number < wanted.tried:
                     side.try_codecs(x.detach(), x.grad, codecs)
+            if wanted.frequencies_P is not None:
+                told = (wanted.frequencies_P, wanted.most_rows, wanted.sink, _stride(ids_NT, wanted))
+                layer.add_turned_keys(key.detach(), key.grad, *told)
         gathered.tokens += len(ids_T)
         progress.advance(len(ids_T))
     progress.finish()
@@ -160,6 +165,11 @@ def _hear_plainly(
         side.tokens += x.shape[0] * x.shape[2]
     # What queries do to errors of keys; every token's are multiplied by all later queries.
     layer.keys.metric_EE = call.scaling**2 * _block_diagonal(layer.query_HDD)
+    if wanted.frequencies_P is not None:
+        told = (wanted.frequencies_P, wanted.most_rows, wanted.sink, stride)
+        side = layer.add_turned_keys(call.key_BHTD, None, *told)
+        side.tokens = layer.keys.tokens
+        side.metric_EE = call.scaling**2 * _block_diagonal(layer.turned_query_HDD)
     if weight is not None:
         parts = weight.double().cpu().reshape(len(weight), layer.heads, -1, layer.head_dim)
         gram_HDD = torch.einsum("ohqd,ohqe->hde", parts, parts)
@@ -220,7 +230,7 @@ def _layer_of(gathered: Gathered, index: int, call: HeardAttention, wanted: Want
     """The layer's statistics, which hear the call's queries."""
     _, heads, _, head_dim = call.key_BHTD.shape
     layer = gathered.layers.setdefault(index, LayerStatistics(heads, head_dim, wanted.most_rows))
-    layer.add_queries(call.query_BQTD)
+    layer.add_queries(call.query_BQTD, wanted.frequencies_P)
     return layer
 
 
