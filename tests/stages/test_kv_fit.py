@@ -16,7 +16,7 @@ from compressor.kv.plan import KvPlan, LayerPlan
 from compressor.kv.spec import KvSpec
 from compressor.progress import Silent
 from compressor.stages import kv_fit
-from compressor.stages.kv_fit import FittedKv, fit_kv
+from compressor.stages.kv_fit import AttentionShape, FittedKv, fit_kv
 from tests.model.zoo import FAMILIES
 from tests.tiny import tiny_llama
 
@@ -125,6 +125,15 @@ def test_hybrid_models_plan_full_attention_only(tmp_path: Path) -> None:
     model = FAMILIES["qwen3_next"](tmp_path / "model")
     spec = KvSpec("auto", "research", 10 * HEADS)
     assert list(fitted(model, spec, tmp_path / "out").plan.layers) == [1]
+
+
+def test_rotary_frequencies(folder: Path, tmp_path: Path) -> None:
+    """The model's own, where it has one kind of them."""
+    shape = AttentionShape.of(FolderSource(folder))
+    expected = 10000.0 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    assert shape.frequencies_P is not None
+    torch.testing.assert_close(shape.frequencies_P, expected)
+    assert AttentionShape.of(FolderSource(FAMILIES["gemma3"](tmp_path))).frequencies_P is None
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:

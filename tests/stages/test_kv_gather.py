@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from compressor.checkpoint.folder import FolderSource
 from compressor.errors import CheckpointError
+from compressor.kv.fitted_rotary import turned
 from compressor.kv.formats import FORMATS
 from compressor.model.attention_heard import HeardAttention, heard_attention
 from compressor.progress import Silent
@@ -23,6 +24,7 @@ from tests.tiny import tiny_llama
 CPU = torch.device("cpu")
 IDS_NT = torch.arange(96).reshape(4, 24) * 11 % 250
 HEADS, HEAD_DIM = 2, 16
+FREQUENCIES_P = 10000.0 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
 
 
 def wanted(*names: str, sink: int = 0, most_rows: int = 1000) -> Wanted:
@@ -32,7 +34,7 @@ def wanted(*names: str, sink: int = 0, most_rows: int = 1000) -> Wanted:
         make = FORMATS[name].make
         assert make is not None
         keys[name], values[name] = make()
-    return Wanted((0, 1), sink, most_rows, (keys, values), tried=2)
+    return Wanted((0, 1), sink, most_rows, (keys, values), tried=2, frequencies_P=FREQUENCIES_P)
 
 
 def heard_plainly(folder: Path) -> dict[int, HeardAttention]:
@@ -57,6 +59,14 @@ def test_sums(whole: bool, tmp_path: Path) -> None:
         rows_NE = call.key_BHTD[:, :, 2:].transpose(1, 2).flatten(2).flatten(0, 1)
         # Kept in float16.
         torch.testing.assert_close(layer.keys.rows_NE, rows_NE, rtol=1e-3, atol=1e-3)
+        assert layer.turned_keys is not None
+        back = turned(call.key_BHTD, FREQUENCIES_P, 0, back=True)[:, :, 2:]
+        back_NE = back.transpose(1, 2).flatten(2).flatten(0, 1)
+        torch.testing.assert_close(layer.turned_keys.rows_NE, back_NE, rtol=1e-3, atol=1e-3)
+        if whole:
+            # Turning changes the metric's axes, not how much it counts in all.
+            traces = [side.metric_EE.trace() for side in (layer.keys, layer.turned_keys)]
+            torch.testing.assert_close(*traces, rtol=1e-5, atol=0)
         for head in range(HEADS):
             queries = call.query_BQTD[:, 2 * head : 2 * head + 2].reshape(-1, HEAD_DIM).double()
             torch.testing.assert_close(layer.query_HDD[head], queries.T @ queries, rtol=1e-4, atol=1e-4)
