@@ -22,7 +22,7 @@ from compressor.spec import TensorHeader
 if TYPE_CHECKING:
     import torch
 
-FOLD_NAME = "kv_fold.safetensors"
+FOLD_NAME = "kv_fold.tensors"  # safetensors; some engines take every file of that suffix for weights
 VERSION = 1
 _VALUES = "values"
 _KEYS = "keys."
@@ -54,7 +54,7 @@ class KvFold:
         return told.hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Writes ``kv_fold.safetensors`` into an existing folder."""
+        """Writes ``kv_fold.tensors`` into an existing folder."""
         import torch
         from safetensors.torch import save_file
 

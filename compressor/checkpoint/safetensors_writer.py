@@ -134,21 +134,18 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def write_index(
-    folder: Path, shards: Mapping[str, Sequence[str]], total_size: int, *, always: bool = False
-) -> None:
+def write_index(folder: Path, shards: Mapping[str, Sequence[str]], total_size: int) -> None:
     """Writes ``model.safetensors.index.json`` where there is more than one shard, else nothing.
 
     Args:
         folder: the checkpoint folder.
         shards: file name -> names of its tensors.
         total_size: bytes of all tensors.
-        always: for one shard too.
 
     Raises:
         UserError: the disk is full.
     """
-    if len(shards) < 2 and not always:
+    if len(shards) < 2:
         return
     weight_map = {name: file for file, names in shards.items() for name in names}
     assert len(weight_map) == sum(map(len, shards.values())), "a tensor lies in two shards"

@@ -53,8 +53,7 @@ def assemble(
         link_or_copy(kv / SCALES_NAME, folder / scales_name)
         contents[scales_name] = [header.name for header in scales]
     total = sum(shard.result_bytes for shard in shards) + sum(header.nbytes for header in scales)
-    # Engines read every safetensors file of a folder without an index.
-    write_index(folder, contents, total, always=any(file.suffix == ".safetensors" for file in beside))
+    write_index(folder, contents, total)
     source.write_side_files(folder)
     claims = [claim for shard in shards for unit in shard.units for claim in unit.claims]
     described = dialect.describe(modules_of(source, claims, linear_aliases(source)))

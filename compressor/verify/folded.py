@@ -1,4 +1,4 @@
-"""The source as a result's ``kv_fold.safetensors`` says that it was folded before its weights were stored.
+"""The source as a result's ``kv_fold.tensors`` says that it was folded before its weights were stored.
 
 A fold computes the same by construction, whoever wrote the file: orthogonal rotations and positive factors
 that are undone next to where they are applied, in layers and shapes that the model has.

@@ -135,7 +135,7 @@ def test_a_fold_is_read_back_as_it_was_written(tmp_path):
     assert again.values == fold.values
     assert torch.equal(again.keys[1], fold.keys[1])
     assert again.digest() == fold.digest()
-    (tmp_path / "kv_fold.safetensors").write_bytes(b"no safetensors")
+    (tmp_path / "kv_fold.tensors").write_bytes(b"no safetensors")
     with pytest.raises(CheckpointError):
         KvFold.read(tmp_path)
 

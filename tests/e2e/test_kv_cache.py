@@ -84,7 +84,7 @@ def test_static_fp8(dialect: str, tmp_path: Path, source: Path, rest: str) -> No
     keys = plan.layers[3].keys
     assert keys is not None
     assert float(keys.tensors()["scale"]) == float(key)
-    assert not (output / "kv_fold.safetensors").exists()
+    assert not (output / "kv_fold.tensors").exists()
     found = statuses(output, source)
     assert found["kv_cache"].startswith("passed FP8 scales of keys and values in 6")
     assert all(text.startswith("passed") for text in found.values()), found
@@ -150,7 +150,7 @@ def test_no_fold_where_it_is_switched_off(tmp_path: Path, source: Path, rest: st
     plain = compressor.run(
         write_recipe(tmp_path / "plain.yaml", source, WEIGHTS, "evaluate: null\n"), output=tmp_path / "plain"
     ).output
-    assert not (output / "kv_fold.safetensors").exists()
+    assert not (output / "kv_fold.tensors").exists()
     assert (output / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
 
 

@@ -22,7 +22,6 @@ from compressor.checkpoint.safetensors_writer import INDEX_NAME
 from compressor.errors import CheckpointError
 from compressor.report.words import short_name
 from compressor.spec import TensorHeader
-from compressor.stages.kv_export import ASIDE
 from compressor.verify.structure.findings import Findings
 
 if TYPE_CHECKING:
@@ -146,11 +145,7 @@ def _add_strays(names: Sequence[str], shards: Sequence[str], found: Findings) ->
     strays = [
         name
         for name in names
-        if name.endswith(".safetensors")
-        and name not in shards
-        and not name.startswith(_OTHER_LAYOUT)
-        # With an index, engines pass these over.
-        and not (name in ASIDE and INDEX_NAME in names)
+        if name.endswith(".safetensors") and name not in shards and not name.startswith(_OTHER_LAYOUT)
     ]
     if strays:
         found.add(
