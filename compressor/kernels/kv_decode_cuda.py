@@ -24,9 +24,8 @@ from compressor.kernels.kv_attend_cuda import attend
 from compressor.kernels.kv_ends_cuda import put_together, rotate_queries
 from compressor.kernels.kv_packed import Packed
 
-TILE = 16  # tokens: a larger tile leaves registers for fewer programs
-REGISTERS = 128  # of a thread, where that is enough for the sums of all query heads
-ALL_REGISTERS = 255
+TILE = 32  # tokens: a smaller tile leaves registers for more programs, and was slower on an H100
+REGISTERS = 255  # of a thread: all that there are
 REGISTERS_OF_A_PROCESSOR = 1 << 16
 AHEAD = 2  # tiles from the one that is read to the one that memory is asked for
 SHORTEST_RUN = 64  # tokens
@@ -82,8 +81,7 @@ def decode_attention(
     group = heads // kv_heads
     padded = max(8, triton.next_power_of_2(group))
     steps = head_dim.bit_length() - 1
-    registers = REGISTERS if padded * head_dim <= 1024 else ALL_REGISTERS
-    run = run_length(length, batch * kv_heads, registers, query_BHD.device)
+    run = run_length(length, batch * kv_heads, query_BHD.device)
     runs = triton.cdiv(length, run)
     new = query_BHD.new_empty
     q = new(batch * kv_heads, head_dim, padded, dtype=torch.float16)
@@ -99,7 +97,7 @@ def decode_attention(
         q, scales, sums, _levels(keys, query_BHD), keys_BHTS, values_BHTS, part, top, total,
         *keys_BHTS.stride()[:2], *values_BHTS.stride()[:2], length, run, group, padded, TILE, head_dim,
         _constants(keys, head_dim, values=False), _constants(values, head_dim, values=True), AHEAD,
-        num_warps=1, maxnreg=registers,
+        num_warps=1, maxnreg=REGISTERS,
     )  # fmt: skip
     out = torch.empty_like(query_BHD, memory_format=torch.contiguous_format)
     put_together[(batch * heads,)](
@@ -110,9 +108,9 @@ def decode_attention(
     return out
 
 
-def run_length(length: int, heads: int, registers: int, device: torch.device) -> int:
+def run_length(length: int, heads: int, device: torch.device) -> int:
     """Tokens of a run: so many that all programs, of one warp each, run at once."""
-    programs = _processors(device) * (REGISTERS_OF_A_PROCESSOR // (32 * (registers + 7 & -8)))
+    programs = _processors(device) * (REGISTERS_OF_A_PROCESSOR // (32 * (REGISTERS + 7 & -8)))
     wanted = max(1, programs // heads)
     return max(SHORTEST_RUN, -(-length // (wanted * TILE)) * TILE)
 

@@ -26,9 +26,11 @@ class KvCodec(ABC):
 
     Attributes:
         kind: the codec's name in ``kv_plan.json``.
+        places: whether slots depend on a token's place: then ``encode_at`` and ``decode_at`` are to be used.
     """
 
     kind: ClassVar[str]
+    places: ClassVar[bool] = False
 
     @abstractmethod
     def slot_bytes(self, head_dim: int) -> int:

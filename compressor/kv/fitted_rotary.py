@@ -31,6 +31,7 @@ class RotaryFittedCodec(FittedCodec):
     """
 
     kind: ClassVar[str] = "fitted_rotary"
+    places: ClassVar[bool] = True
 
     def __init__(
         self,

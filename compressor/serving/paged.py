@@ -114,13 +114,22 @@ def store(
 ) -> None:
     """Writes the keys and values of a batch's tokens into their slots."""
     sides = ((codecs.keys, keys_THD), (codecs.values, values_THD))
-    # A codec is given [B, H, T, D]: one sequence here, since no slot depends on another.
-    slots_HTS = torch.cat(
-        [codec.encode(x_THD[batch.written].transpose(0, 1)[None])[0] for codec, x_THD in sides], dim=-1
-    )
+    slots_HTS = torch.cat([_encoded(codec, x_THD, batch) for codec, x_THD in sides], dim=-1)
     block_tokens = cache_NHPS.shape[2]
     block, place = batch.slots // block_tokens, batch.slots % block_tokens
     cache_NHPS[block, :, place] = slots_HTS.transpose(0, 1)
+
+
+def _encoded(codec: KvCodec, x_THD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Slots [H, T, S] of the tokens to be stored."""
+    if not codec.places:
+        # A codec is given [B, H, T, D]: one sequence here, since no slot depends on another.
+        return codec.encode(x_THD[batch.written].transpose(0, 1)[None])[0]
+    parts = []
+    for start, end, length in zip(batch.starts, batch.starts[1:], batch.lengths, strict=False):
+        if end > start:
+            parts.append(codec.encode_at(x_THD[start:end].transpose(0, 1)[None], length - (end - start))[0])
+    return torch.cat(parts, dim=1)[:, batch.written - batch.starts[0]]
 
 
 def attend(

@@ -56,7 +56,7 @@ class _Place:
         fetched: shards that were asked for, in order.
         peak_bytes: most bytes that lay there when one was, that one included.
         most_files: most shards that lay there when one was, that one included.
-        kill_at: ends the running process when so many were asked for.
+        kill_at: ends the running process when so many were asked for, and a block is finished.
     """
 
     def __init__(self, hub: FakeHub, folder: Path, max_bytes: str | int) -> None:
@@ -92,7 +92,7 @@ class _Place:
             there = list((self.folder / "space" / "hub").rglob("*.safetensors"))
             self.most_files = max(self.most_files, len(there) + 1)
             self.peak_bytes = max(self.peak_bytes, disk_bytes([self.folder]) + size)
-            if len(self.fetched) == self.kill_at:
+            if len(self.fetched) >= self.kill_at and any((self.folder / "space").rglob("*.safetensors.json")):
                 process.send_signal(signal.SIGKILL)
 
         self._hub.asked = asked
