@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from compressor.kv.formats import FORMATS
 from compressor.model.families import BUILTINS
 from compressor.recipe.calibration import CalibrationSection, DatasetSection
+from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
 from compressor.recipe.model import ModelSection, WorkspaceSection
 from compressor.recipe.polish import PolishSection
 from compressor.schemes import known_schemes
@@ -73,3 +75,13 @@ def test_rows_are_of_what_exists() -> None:
     known = {*known_solvers(), *CalibrationSection.model_fields, *DatasetSection.model_fields}
     assert _rows(CALIBRATION).keys() <= known
     assert _rows(README).keys() == {*known_schemes(), *known_solvers()}
+
+
+def test_kv_cache() -> None:
+    """Every key of the section and every format is named."""
+    text = (ROOT / "docs" / "kv-cache.md").read_text(encoding="utf-8")
+    for name in [*KvCacheSection.model_fields, *KvBudgetSection.model_fields]:
+        assert f"`{name}`" in text, f"kv_cache.{name}"
+    named = set(re.findall(r"`(\w[\w.]*)`", text))
+    between = {f"turboquant_mse_{bits}bit" for bits in (2, 3)} | {"turboquant_prod_3bit"}
+    assert set(FORMATS) - between <= named
