@@ -159,7 +159,7 @@ def _plan(name: str, shape: AttentionShape) -> KvPlan:
     form = FORMATS.find(name)
     assert form.make is not None, "a fitted format has a folder"
     packed = LayerPlan(name, shape.heads, shape.head_dim, *form.make())
-    kept = shape.forced(form)
+    kept = shape.spared[form.name]
     return KvPlan({index: shape.plain if index in kept else packed for index in shape.layers})
 
 

@@ -15,7 +15,15 @@ from compressor.kv.layer import LayerCodecs, Mode, PackedLayer
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["LayerCodecs", "Mode", "PackedCache", "full_attention_layers", "head_sizes", "uniform_layers"]
+__all__ = [
+    "LayerCodecs",
+    "Mode",
+    "PackedCache",
+    "full_attention_layers",
+    "head_sizes",
+    "spared_layers",
+    "uniform_layers",
+]
 
 _ENGINE_BYTES = 2  # of an element of keys and values that are not packed
 
@@ -113,9 +121,6 @@ def full_attention_layers(config: PreTrainedConfig) -> list[int]:
 def uniform_layers(config: PreTrainedConfig, kv_format: KvFormat) -> dict[int, LayerCodecs]:
     """One format for every layer that can be packed, but for those that vLLM keeps in 16 bit for it.
 
-    vLLM 0.32 counts decoder blocks of every kind, and spares at most half of them
-    (model_executor/layers/quantization/turboquant/config.py, ``get_boundary_skip_layers``).
-
     Raises:
         CheckpointError: multi-head latent attention.
         UserError: no layer has full attention, the format is fitted, or it cannot hold heads of this size.
@@ -134,13 +139,25 @@ def uniform_layers(config: PreTrainedConfig, kv_format: KvFormat) -> dict[int, L
     problem = head_dim and kv_format.problem(head_dim)
     if problem:
         raise UserError(problem, fix="name a format that holds such heads")
-    blocks = config.get_text_config(decoder=True).num_hidden_layers
-    hybrid = any(
-        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers
-    )
-    spared = 0 if hybrid else min(kv_format.skips_ends, blocks // 2)
+    spared = spared_layers(config, kv_format)
     keys, values = kv_format.make()
-    return {number: LayerCodecs(keys, values) for number in layers if spared <= number < blocks - spared}
+    return {number: LayerCodecs(keys, values) for number in layers if number not in spared}
+
+
+def spared_layers(config: PreTrainedConfig, kv_format: KvFormat) -> frozenset[int]:
+    """Layers with full attention that vLLM 0.32 keeps in 16 bit with this format, whatever it is told.
+
+    It counts decoder blocks of every kind, and spares at most half of them
+    (model_executor/layers/quantization/turboquant/config.py, ``get_boundary_skip_layers``).
+
+    Raises:
+        CheckpointError: multi-head latent attention.
+    """
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers):
+        return frozenset()
+    blocks = config.get_text_config(decoder=True).num_hidden_layers
+    ends = min(kv_format.skips_ends, blocks // 2)
+    return frozenset(number for number in full_attention_layers(config) if not ends <= number < blocks - ends)
 
 
 def head_sizes(config: PreTrainedConfig) -> tuple[int | None, int | None]:

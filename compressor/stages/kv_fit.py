@@ -5,7 +5,7 @@ Legend: N sequences, T tokens, H KV heads, D head_dim, E = H * D.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from compressor.device import available_memory_bytes
 from compressor.errors import UserError
 from compressor.kv.allocate import Candidate, allocate, allocate_servable
 from compressor.kv.base import KvCodec, KvFormat
-from compressor.kv.cache import full_attention_layers
+from compressor.kv.cache import full_attention_layers, spared_layers
 from compressor.kv.fit_codec import Coordinates, expected_errors, find_coordinates, fit_codec, token_weights
 from compressor.kv.fit_statistics import LayerStatistics, SideStatistics
 from compressor.kv.fitted_rotary import RotaryFittedCodec
@@ -97,14 +97,14 @@ class AttentionShape:
         layers: indices of the layers of full attention.
         heads: KV heads of each.
         head_dim: their elements.
-        dense: whether there are no other layers.
+        spared: format -> layers that vLLM keeps in 16 bit with it, whatever it is told.
         frequencies_P: of rotary pairs, fp32; None where they are not known.
     """
 
     layers: tuple[int, ...]
     heads: int
     head_dim: int
-    dense: bool
+    spared: Mapping[str, Collection[int]]
     frequencies_P: torch.Tensor | None = None
 
     @classmethod
@@ -126,18 +126,13 @@ class AttentionShape:
         frequencies_P = rotary_frequencies(model)
         if frequencies_P is not None and 2 * len(frequencies_P) > head_dim:
             frequencies_P = None
-        dense = len(layers) == text.num_hidden_layers
-        return cls(tuple(layers), heads, head_dim, dense, frequencies_P)
+        spared = {name: spared_layers(config, form) for name, form in FORMATS.items()}
+        return cls(tuple(layers), heads, head_dim, spared, frequencies_P)
 
     @property
     def plain(self) -> LayerPlan:
         """A layer in 16 bit."""
         return LayerPlan(BF16, self.heads, self.head_dim)
-
-    def forced(self, form: KvFormat) -> tuple[int, ...]:
-        """What vLLM keeps in 16 bit with this format, whatever it is told."""
-        ends = form.skips_ends if self.dense else 0
-        return tuple(sorted({*self.layers[:ends], *self.layers[len(self.layers) - ends :]}))
 
 
 def gather(
@@ -234,8 +229,7 @@ def _servable(
         for index, (keys, values) in costs.items()
     }
     plain = {index: Candidate(BF16, shape.plain.token_bytes, 0.0) for index in shape.layers}
-    forced = {name: shape.forced(form) for name, form in formats.items()}
-    found = allocate_servable(options, plain, forced, budget)
+    found = allocate_servable(options, plain, shape.spared, budget)
     keys, values = _codecs({found.format: formats[found.format]})
     packed = LayerPlan(found.format, shape.heads, shape.head_dim, keys[found.format], values[found.format])
     layers = {index: shape.plain if index in found.skipped else packed for index in shape.layers}

@@ -14,6 +14,8 @@ from compressor.kv.cache import PackedCache
 from compressor.kv.formats import FORMATS
 from compressor.kv.plan import KvPlan, LayerPlan
 from compressor.kv.spec import KvSpec
+from compressor.planner.kv_bytes import kv_layers
+from compressor.planner.kv_choice import forced_ends
 from compressor.progress import Silent
 from compressor.stages import kv_fit
 from compressor.stages.kv_fit import AttentionShape, FittedKv, fit_kv
@@ -117,6 +119,18 @@ def test_servable_is_one_format_with_skips(folder: Path, tmp_path: Path) -> None
     if FORMATS[name].skips_ends:
         assert [made.plan.layers[i].format for i in (0, 1, 4, 5)] == ["bf16"] * 4
     assert made.plan.token_bytes <= budget
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "qwen3_next", "three"])
+def test_spared_layers_are_those_of_the_plan(name: str, tmp_path: Path) -> None:
+    """The ends of all decoder blocks, half of them at most: as the planner counts them from the config."""
+    folder = tiny_llama(tmp_path, layers=3) if name == "three" else FAMILIES[name](tmp_path)
+    source = FolderSource(folder)
+    shape = AttentionShape.of(source)
+    layers, _ = kv_layers(source.config)
+    for form in FORMATS.values():
+        ends = forced_ends(layers, source.config, form)
+        assert shape.spared[form.name] == ends & set(shape.layers)
 
 
 def test_hybrid_models_plan_full_attention_only(tmp_path: Path) -> None:
