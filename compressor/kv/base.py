@@ -27,10 +27,12 @@ class KvCodec(ABC):
     Attributes:
         kind: the codec's name in ``kv_plan.json``.
         places: whether slots depend on a token's place: then ``encode_at`` and ``decode_at`` are to be used.
+        kv_heads: how many it was fitted to; None for any number.
     """
 
     kind: ClassVar[str]
     places: ClassVar[bool] = False
+    kv_heads: int | None = None
 
     @abstractmethod
     def slot_bytes(self, head_dim: int) -> int:

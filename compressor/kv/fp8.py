@@ -37,6 +37,7 @@ class Fp8Codec(KvCodec):
         if scale.ndim > 1 or not bool(((scale > 0) & scale.isfinite()).all()):
             raise ValueError("an fp8 cache needs one positive scale, or one for each KV head")
         self._scale = scale
+        self.kv_heads = None if scale.numel() == 1 else scale.numel()
 
     def slot_bytes(self, head_dim: int) -> int:
         """A byte an element."""

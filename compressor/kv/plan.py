@@ -232,7 +232,13 @@ class _Reader:
         names = [name for name in self._header.headers if name.startswith(f"{place}.")]
         leaves = {name.removeprefix(f"{place}.") for name in names}
         known = set(inspect.signature(made_by).parameters)
-        if not isinstance(options, dict) or not set(options) <= known - leaves or not leaves <= known:
+        if (
+            not isinstance(options, dict)
+            or not set(options) <= known - leaves
+            or not leaves <= known
+            # Of 2.0 arithmetic would make sizes that are no integers.
+            or not all(isinstance(value, int | str) for value in options.values())
+        ):
             raise self._fault(f"{place}: not the options and tensors of a {kind} codec")
         self._used.update(names)
         tensors = {
@@ -244,7 +250,9 @@ class _Reader:
         try:
             codec = made_by(**options, **tensors)
             problem = codec.problem(head_dim)
-            if problem is None and getattr(codec, "kv_heads", heads) != heads:
+            if problem is None and leaves != set(codec.tensors()):
+                problem = "its tensors are not those of such a codec"
+            if problem is None and codec.kv_heads not in (None, heads):
                 problem = f"it is fitted to another number of KV heads than {heads}"
         # What a constructor makes of values that are not its types is its own business.
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -175,6 +175,8 @@ class TurboSplitCodec(_Turbo):
         if outliers is not None and (outliers.dtype != torch.int64 or outliers.ndim not in (1, 2)):
             raise ValueError("outlier channels are int64 [channels] or [KV heads, channels]")
         self._outliers = outliers
+        if outliers is not None and outliers.ndim == 2 and len(outliers) != 1:
+            self.kv_heads = len(outliers)
         self._many = TurboMseCodec(bits + 1, rotation=rotation, seed=seed)
         self._few = TurboMseCodec(bits, rotation=rotation, seed=seed + 1)
 

@@ -119,6 +119,7 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda p: p["layers"][1]["keys"].update(options=[]), "not the options"),
         (lambda p: p["layers"][1]["keys"]["options"].update(bits="9" * 99), "2.keys"),
         (lambda p: p["layers"][1]["keys"]["options"].update(bits=10**9), "2.keys"),
+        (lambda p: p["layers"][1]["keys"]["options"].update(bits=4.0), "not the options"),
         (lambda p: p["layers"][3]["keys"]["options"].update(kv_heads=4), "5.keys"),
         (lambda p: p["layers"][3].update(kv_heads=4), "number of KV heads"),
         (lambda p: p["layers"][3]["keys"]["options"].update(mean=[0.0] * 128), "not the options"),
@@ -146,10 +147,35 @@ def test_hostile_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not the options and tensors"):
         KvPlan.read(tmp_path)
     (tmp_path / TENSORS_NAME).unlink()
-    with pytest.raises(CheckpointError, match=r"5\.keys: no fitted codec"):
+    # Static FP8 scales: without them a cache would read its bytes with a scale of 1.
+    with pytest.raises(CheckpointError, match=r"3\.keys: its tensors are not those"):
         KvPlan.read(tmp_path)
     (tmp_path / JSON_NAME).write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
+        KvPlan.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "tensors", "message"),
+    [
+        ("fp8", {}, {"scale": torch.ones(3)}, "number of KV heads"),
+        ("fp8", {}, {"scale": torch.ones(0)}, "number of KV heads"),
+        ("turboquant_split", {"bits": 2}, {"outliers": torch.arange(32).repeat(3, 1)}, "number of KV heads"),
+        ("turboquant_mse", {}, {"bits": torch.tensor(2)}, "tensors are not those"),
+        ("turboquant_mse", {"bits": 2}, {"seed": torch.tensor(2)}, "tensors are not those"),
+    ],
+)
+def test_tensors_of_another_model(
+    kind: str, options: dict[str, Any], tensors: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    """What would only fail at the first token, or make sizes that are tensors, is refused when read."""
+    codec = {"kind": kind, "options": options}
+    layer = {"layer": 0, "format": "x", "kv_heads": 2, "head_dim": 128, "keys": codec, "values": codec}
+    plan = {"version": 1, "sink_tokens": 0, "recent_tokens": 0, "layers": [layer]}
+    (tmp_path / JSON_NAME).write_text(json.dumps(plan))
+    stored = {f"0.{side}.{name}": x.clone() for side in ("keys", "values") for name, x in tensors.items()}
+    save_file(stored, tmp_path / TENSORS_NAME)
+    with pytest.raises(CheckpointError, match=message):
         KvPlan.read(tmp_path)
 
 
