@@ -35,7 +35,9 @@ _NORMS: Mapping[str, float | None] = {
 }
 _GATED = "attention's output is multiplied by a gate before o_proj, which a rotation does not pass"
 _GATES = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
-_NORMED_LATE = "keys are normalised after RoPE, which undoes factors"
+_TURNED_OTHERWISE = (
+    "RoPE turns neighbouring coordinates, or keys are normalised after it, which undoes factors"
+)
 _NO_ROPE = frozenset({"jamba"})
 
 
@@ -108,8 +110,8 @@ def foldable(headers: Mapping[str, TensorHeader], config: dict[str, Any]) -> Fol
     for layer, tensors in _layers(headers, config).items():
         values[layer] = _values(tensors, layer, sizes)
         keys[layer], shared = _keys(tensors, layer, sizes, _NORMS[model_type])
-    late = [layer for layer in keys if _normed_late(text, model_type, layer)]
-    no_keys = _NORMED_LATE if late and len(late) == len(keys) else ""
+    otherwise = [layer for layer in keys if _turned_otherwise(text, model_type, layer)]
+    no_keys = _TURNED_OTHERWISE if otherwise and len(otherwise) == len(keys) else ""
     if any(not spots for spots in [*values.values(), *keys.values()]) or not values:
         return _nothing("its attention tensors have not the names and shapes of its family")
     return Foldable(
@@ -117,7 +119,7 @@ def foldable(headers: Mapping[str, TensorHeader], config: dict[str, Any]) -> Fol
         1 if shared else sizes.kv_heads,
         _rotary_dim(text, model_type, sizes.head_dim),
         {} if _no_values(model_type, sizes) else values,
-        {layer: spots for layer, spots in keys.items() if layer not in late},
+        {layer: spots for layer, spots in keys.items() if layer not in otherwise},
         _no_values(model_type, sizes),
         no_keys,
     )
@@ -167,9 +169,9 @@ def _rotary_dim(text: Mapping[str, Any], model_type: str, head_dim: int) -> int:
     return int(head_dim * factor)
 
 
-def _normed_late(text: Mapping[str, Any], model_type: str, layer: int) -> bool:
-    """Llama 4: keys of layers with RoPE are normalised once they were turned."""
-    if model_type != "llama4_text" or text.get("use_qk_norm") is False:
+def _turned_otherwise(text: Mapping[str, Any], model_type: str, layer: int) -> bool:
+    """Llama 4: RoPE turns coordinates 2i and 2i + 1; with ``use_qk_norm`` keys are normalised afterwards."""
+    if model_type != "llama4_text":
         return False
     with_rope = text.get("no_rope_layers")
     if isinstance(with_rope, list) and layer < len(with_rope):

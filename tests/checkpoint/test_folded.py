@@ -101,6 +101,17 @@ def test_what_cannot_be_folded_has_a_reason(name, values, keys, tmp_path):
     assert bool(can.keys) is (keys == "")
 
 
+def test_llama4_has_factors_only_where_there_is_no_rope(tmp_path):
+    """Its RoPE turns neighbours, whether keys are normalised afterwards or not."""
+    from tests.model.zoo import _of
+
+    for norm in (True, False):
+        settings = {"num_hidden_layers": 4, "no_rope_layers": [0, 1, 1, 0], "use_qk_norm": norm}
+        make = _of("Llama4ForCausalLM", "Llama4TextConfig", intermediate_size_mlp=40, **settings)
+        source = FolderSource(make(tmp_path / str(norm)))
+        assert sorted(foldable(source.headers, source.config).keys) == [0, 3]
+
+
 def test_head_dims_that_are_no_powers_of_two(tmp_path):
     """Keys can still be scaled."""
     from tests.model.zoo import _of
