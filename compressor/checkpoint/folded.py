@@ -27,6 +27,8 @@ VERSION = 1
 _VALUES = "values"
 _KEYS = "keys."
 _MOST_LAYERS = 10_000
+# Fitted factors reach 16 (kv/fit_pairs.py); far beyond, 16-bit weights overflow, or become zero.
+_MOST_FACTOR = 64.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class KvFold:
             if name == _VALUES and described.dtype == "I64" and len(described.shape) == 1:
                 found = read_tensor(path, described, header.offsets[name])
                 values = tuple(int(layer) for layer in found.tolist())
+                if len(set(values)) < len(values):
+                    raise _broken(path, "a layer is listed twice: rotated twice it is as it was")
             elif name != number and number.isdecimal() and described.dtype == "F32":
                 keys[int(number)] = read_tensor(path, described, header.offsets[name])
             else:
@@ -174,6 +178,8 @@ def factors_problem(factor_HD: torch.Tensor, can: Foldable) -> str:
         return f"key factors are {list(factor_HD.shape)}, not {[can.key_heads, can.head_dim]}"
     if not bool(factor_HD.isfinite().all()) or not bool((factor_HD > 0).all()):
         return "key factors are not all positive and finite"
+    if not bool(((factor_HD <= _MOST_FACTOR) & (factor_HD >= 1 / _MOST_FACTOR)).all()):
+        return f"key factors are not all between 1 / {_MOST_FACTOR:g} and {_MOST_FACTOR:g}"
     half = can.rotary_dim // 2
     if not bool((factor_HD[:, :half] == factor_HD[:, half : 2 * half]).all()):
         return "the two coordinates that RoPE turns have different key factors"

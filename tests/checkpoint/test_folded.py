@@ -151,6 +151,13 @@ def test_a_fold_is_read_back_as_it_was_written(tmp_path):
         KvFold.read(tmp_path)
 
 
+def test_a_layer_is_rotated_once(tmp_path):
+    """Listed twice it would be the source's own, and called rotated."""
+    KvFold((1, 1)).write(tmp_path)
+    with pytest.raises(CheckpointError, match="listed twice"):
+        KvFold.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("fold", "message"),
     [
@@ -159,6 +166,8 @@ def test_a_fold_is_read_back_as_it_was_written(tmp_path):
         (KvFold(keys={0: torch.ones(1, 8)}), "key factors are [1, 8]"),
         (KvFold(keys={0: -torch.ones(2, 8)}), "not all positive"),
         (KvFold(keys={0: torch.full((2, 8), float("nan"))}), "finite"),
+        (KvFold(keys={0: torch.full((2, 8), 3e38)}), "not all between"),
+        (KvFold(keys={0: torch.full((2, 8), 1e-38)}), "not all between"),
         (KvFold(keys={0: torch.arange(1.0, 17.0).view(2, 8)}), "RoPE"),
     ],
 )
