@@ -44,6 +44,7 @@ class FittedCodec(KvCodec):
     """
 
     kind: ClassVar[str] = "fitted"
+    kv_heads: int
 
     def __init__(
         self,

@@ -164,7 +164,7 @@ def _rotary_dim(text: Mapping[str, Any], model_type: str, head_dim: int) -> int:
     rope = text.get("rope_parameters")
     found = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
     factor = text.get("partial_rotary_factor") if found is None else found
-    if not isinstance(factor, int | float):
+    if not isinstance(factor, int | float) or not 0 < factor <= 1:
         factor = 0.25 if model_type in _GATES else 1.0
     return int(head_dim * factor)
 
@@ -242,7 +242,7 @@ def _rows(
             if kind == "weight":
                 return ()
             continue
-        if header.shape[0] != rows * sizes.head_dim:
+        if header.shape[:1] != (rows * sizes.head_dim,):
             return ()
         found.append(Spot(header.name, part, layer, start * sizes.head_dim, heads))
     return tuple(found)

@@ -10,6 +10,7 @@ from compressor.checkpoint.folder import FolderSource
 from compressor.errors import CheckpointError
 from compressor.model.kv_folding import Foldable, foldable
 from compressor.model.load import load_source_model
+from compressor.spec import TensorHeader
 from tests.model.zoo import FAMILIES
 
 IDS = torch.arange(24).view(2, 12) * 7 % 250
@@ -110,6 +111,24 @@ def test_llama4_has_factors_only_where_there_is_no_rope(tmp_path):
         make = _of("Llama4ForCausalLM", "Llama4TextConfig", intermediate_size_mlp=40, **settings)
         source = FolderSource(make(tmp_path / str(norm)))
         assert sorted(foldable(source.headers, source.config).keys) == [0, 3]
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan"), -1.0, 2.0, 10**400])
+def test_hostile_rotary_factors(factor, tmp_path):
+    """Configs come from strangers: no traceback, no more coordinates than a head has."""
+    source = FolderSource(FAMILIES["llama"](tmp_path))
+    config = source.config | {"rope_parameters": {"partial_rotary_factor": factor}}
+    can = foldable(source.headers, config)
+    assert can.rotary_dim == can.head_dim
+
+
+@pytest.mark.parametrize("leaf", ["q_proj.weight", "k_proj.bias", "v_proj.weight"])
+def test_tensors_without_dimensions(leaf, tmp_path):
+    """Nothing is folded, and the reason is told."""
+    source = FolderSource(FAMILIES["llama"](tmp_path))
+    name = f"model.layers.0.self_attn.{leaf}"
+    can = foldable({**source.headers, name: TensorHeader(name, "F32", ())}, source.config)
+    assert "names and shapes" in can.no_values
 
 
 def test_head_dims_that_are_no_powers_of_two(tmp_path):
