@@ -25,6 +25,7 @@ class KvSpec:
         sink_tokens: the first tokens of a sequence stay in 16 bit (own cache only); not part of the budget,
             because their bytes do not grow.
         recent_tokens: so do the last ones.
+        unpaged: formats that vLLM does not start with for this model; not chosen for tier ``vllm``.
     """
 
     format: str
@@ -34,3 +35,4 @@ class KvSpec:
     calibrate: bool = True
     sink_tokens: int = 0
     recent_tokens: int = 0
+    unpaged: tuple[str, ...] = ()

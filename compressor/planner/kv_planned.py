@@ -76,6 +76,7 @@ def plan_kv(
         section.calibrate,
         section.sink_tokens,
         section.recent_tokens,
+        _unpaged(layers, config) if section.format == AUTO and tier == "vllm" else (),
     )
     servable = tier == "vllm"
     if not servable:
@@ -92,6 +93,16 @@ def plan_kv(
             faults.append(UserError(what, where="kv_cache.format", fix="choose another format"))
             return None
     return KvPlanned(spec, flags, servable, needs_data=_needs_data(spec, layers))
+
+
+def _unpaged(layers: Sequence[KvLayer], config: dict[str, Any]) -> tuple[str, ...]:
+    """Formats of vLLM for which it finds no common page size of this model's layers."""
+    return tuple(
+        name
+        for name in _names("vllm")
+        if not format_problem(layers, FORMATS[name])
+        and cache_bytes(layers, format_map(layers, config, FORMATS[name]), 1, engine=True) is None
+    )
 
 
 def section_options(

@@ -192,7 +192,12 @@ def _tried(spec: KvSpec, shape: AttentionShape) -> dict[str, KvFormat]:
     )
     if spec.tier == "research":
         wanted[_REFERENCE] = FORMATS[_REFERENCE]
-    usable = {name: form for name, form in wanted.items() if form.problem(shape.head_dim) is None}
+    barred = spec.unpaged if spec.tier == "vllm" else ()
+    usable = {
+        name: form
+        for name, form in wanted.items()
+        if name not in barred and form.problem(shape.head_dim) is None
+    }
     return {name: form for name, form in usable.items() if form.make is not None and name != BF16}
 
 

@@ -33,6 +33,14 @@ def sound(section: dict[str, Any], config: dict[str, Any] = LLAMA_70B) -> KvPlan
     return found
 
 
+def test_auto_knows_what_vllm_cannot_page() -> None:
+    """As a format that is named is refused; other tiers have no pages."""
+    config = {"model_type": "gpt_oss"}
+    assert "turboquant_4bit_nc" in sound({"budget": {"bits": 8}}, config).spec.unpaged
+    assert sound({"budget": {"bits": 8}, "tier": "own"}, config).spec.unpaged == ()
+    assert sound({"budget": {"bits": 8}}).spec.unpaged == ()
+
+
 @pytest.mark.parametrize(
     ("budget", "bytes_per_token"),
     [

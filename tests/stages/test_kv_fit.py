@@ -121,6 +121,17 @@ def test_servable_is_one_format_with_skips(folder: Path, tmp_path: Path) -> None
     assert made.plan.token_bytes <= budget
 
 
+def test_formats_that_vllm_cannot_page_are_not_chosen(folder: Path, tmp_path: Path) -> None:
+    """The next best one is."""
+    budget = (4 * PLAIN + 2 * 22) * HEADS
+    found: list[str] = []
+    for _ in range(2):
+        made = fitted(folder, KvSpec("auto", "vllm", budget, unpaged=tuple(found)), tmp_path)
+        (name,) = {layer.format for layer in made.plan.layers.values()} - {"bf16"}
+        assert name not in found
+        found.append(name)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "llama4", "qwen3_next", "three"])
 def test_spared_layers_are_those_of_the_plan(name: str, tmp_path: Path) -> None:
     """The ends of all decoder blocks, half of them at most: as the planner counts them from the config."""
