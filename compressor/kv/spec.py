@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compressor.kv.base import Tier
+from compressor.kv.formats import FORMATS
 
 AUTO = "auto"
 
@@ -36,3 +37,8 @@ class KvSpec:
     sink_tokens: int = 0
     recent_tokens: int = 0
     unpaged: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether formats are chosen, or codecs fitted, by errors on texts."""
+        return self.format == AUTO or FORMATS[self.format].make is None

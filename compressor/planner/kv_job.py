@@ -93,7 +93,7 @@ def plan_kv_stage(
         scales, missing = _scales(layers, source, dialect)
         notes += missing
     walk = None
-    if calibration is not None and (keys or scales or spec.format == AUTO):
+    if calibration is not None and (keys or scales or spec.fits):
         # The same pass, whatever becomes of the weights.
         plain = [replace(claim, scheme=None, solver=None) for claim in claims]
         walk = plan_walk(plain, calibration, config, most_memory)

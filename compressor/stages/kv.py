@@ -19,7 +19,7 @@ from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.folded import FoldedSource, KvFold
 from compressor.kv.formats import FORMATS
-from compressor.kv.spec import AUTO, KvSpec
+from compressor.kv.spec import KvSpec
 from compressor.model.kv_folding import Foldable, foldable
 from compressor.progress import Progress
 from compressor.spec import TensorHeader
@@ -73,11 +73,6 @@ class KvJob:
     walk: WalkSpec | None
 
     @property
-    def fits(self) -> bool:
-        """Whether formats are chosen, or codecs fitted, by errors on texts."""
-        return self.spec.format == AUTO
-
-    @property
     def folds(self) -> bool:
         """Whether the weights may be changed."""
         return bool(self.fold_values or self.fold_keys)
@@ -118,7 +113,7 @@ def kv_stage(
     fold = _fold(source, job, heard, progress)
     if fold:
         fold.write(folder)
-    if job.fits:
+    if job.spec.fits:
         plan, fitted = _fit(source, job, fold, shown, folder, progress)
         facts |= fitted
     else:

@@ -85,6 +85,7 @@ def test_states_and_windows_come_out_of_a_budget_in_gib():
         ),
         ({"format": "turboquant_2.5bit", "tier": "vllm"}, LLAMA_70B, "format", "not servable by vLLM 0.32"),
         ({"budget": {"bits": 4}, "calibrate": False}, LLAMA_70B, "calibrate", "calibrate is false"),
+        ({"format": "fitted_3.5bit", "calibrate": False}, LLAMA_70B, "calibrate", "is fitted to"),
         ({"budget": {"bits": 4}}, {"model_type": "deepseek_v3"}, "format", "no formats to choose among"),
     ],
 )
@@ -108,6 +109,13 @@ def test_flags_and_labels():
     assert "not servable by vLLM 0.32" in found.described()
     _, _, warnings = planned({"budget": {"bits": 16}})
     assert "holds it in 16 bit" in warnings[0]
+
+
+def test_what_is_fitted():
+    """A named format with codecs is stored as it is; one without, and auto, are fitted by the stage."""
+    assert sound({"format": "fitted_3.5bit"}).spec.fits
+    assert sound({"budget": {"bits": 8}}).spec.fits
+    assert not sound({"format": "turboquant_3.5bit"}).spec.fits
 
 
 def test_what_needs_data():
