@@ -16,7 +16,11 @@ from compressor.planner.kv_planned import KvPlanned
 _NARROW = 80
 _GIB = 2**30
 _PRESETS = "turboquant_"
-_OWN = "own cache, not vLLM 0.32:"
+_HEADINGS = {
+    "vllm": "",
+    "own": "own cache, not vLLM 0.32:",
+    "research": "the same, fitted to texts:",
+}
 
 
 def print_kv(console: Console, options: Sequence[KvOption]) -> None:
@@ -32,12 +36,12 @@ def print_kv(console: Console, options: Sequence[KvOption]) -> None:
         table.add_column("bytes a token", justify="right")
     for size in possible[0].sizes:
         table.add_column(point(size), justify="right", no_wrap=True)
-    for tier in sorted({option.tier for option in possible}, key=lambda tier: tier != "vllm"):
-        if tier != "vllm":
-            table.add_row(Text(_OWN, style="dim"))
-        for option in possible:
-            if option.tier == tier:
-                table.add_row(*_row(option, narrow=narrow), style="bold" if option.chosen else "")
+    for tier, heading in _HEADINGS.items():
+        found = [option for option in possible if option.tier == tier]
+        if found and heading:
+            table.add_row(Text(heading, style="dim"))
+        for option in found:
+            table.add_row(*_row(option, narrow=narrow), style="bold" if option.chosen else "")
     console.print(Text(title))
     console.print(table)
     for line in _notes(options):
@@ -77,7 +81,7 @@ def _notes(options: Sequence[KvOption]) -> list[str]:
     problems: dict[str, list[str]] = defaultdict(list)
     for option in options:
         if option.problem:
-            problems[option.problem.replace(option.format, "it")].append(option.format)
+            problems[option.problem.replace(option.format, "the format")].append(option.format)
         elif option.kept:
             kept[option.kept].append(option.format)
     lines = [

@@ -135,7 +135,9 @@ def _format_faults(section: KvCacheSection, tier: Tier, layers: Sequence[KvLayer
     form = FORMATS[section.format]
     if form.make is None and not section.calibrate:
         what = f"{form.name} is fitted to calibration texts, and calibrate is false"
-        faults.append(UserError(what, where="kv_cache.calibrate", fix="set it to true, or name another format"))
+        faults.append(
+            UserError(what, where="kv_cache.calibrate", fix="set it to true, or name another format")
+        )
     if _TIERS.index(form.tier) > _TIERS.index(tier):
         what = f"{form.name} is {NOT_SERVABLE}" if tier == "vllm" else f"{form.name} is of tier {form.tier}"
         fix = f"set tier to {form.tier}, or choose among {', '.join(_names(tier))}"

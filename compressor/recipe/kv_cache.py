@@ -115,5 +115,5 @@ class KvCacheSection(Section):
         tier = self.tier or (FORMATS[self.format].tier if self.format != AUTO else "vllm")
         for name in ("sink_tokens", "recent_tokens"):
             if getattr(self, name) and tier == "vllm":
-                raise blamed((name,), f"{name}: vLLM 0.32 keeps no tokens in 16 bit; set tier to own")
+                raise blamed((name,), "vLLM 0.32 keeps no tokens in 16 bit; set tier to own")
         return self

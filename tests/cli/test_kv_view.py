@@ -40,6 +40,18 @@ def test_what_does_not_help_or_go_is_said():
     assert "vLLM keeps layers 0, 1, 30, 31 in 16 bit for vLLM's turboquant formats" in shown(LLAMA, 120)
 
 
+def test_formats_come_in_the_order_of_their_tiers():
+    """vLLM's, ours, the fitted ones: each group once, under a heading of its own, in every process."""
+    lines = [line.strip() for line in shown(LLAMA, 120).splitlines()]
+    heads = [line for line in lines if line.endswith(":")]
+    assert heads == ["own cache, not vLLM 0.32:", "the same, fitted to texts:"]
+    places = [
+        next(i for i, line in enumerate(lines) if line.startswith(one))
+        for one in ("turboquant_3bit_nc", heads[0], "turboquant_mse_1bit", heads[1], "fitted_2.5bit")
+    ]
+    assert places == sorted(places)
+
+
 def test_contexts_are_named_in_binary_thousands():
     """Where they are whole."""
     assert [point(KvSize(tokens, users, 0)) for tokens, users in ((131072, 1), (10**6, 4), (2**20, 1))] == [
