@@ -1,12 +1,15 @@
-"""Scales of the KV cache: one pair for each attention layer, by any name that engines map to it."""
+"""The KV cache: scales, a pair for each attention layer by any name that engines map to it; and its plan."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+from compressor.errors import CheckpointError
+from compressor.kv.plan import JSON_NAME, KvPlan
 from compressor.model.families import text_config
 from compressor.model.families.naming import block_index
+from compressor.planner.kv_bytes import kv_layers
 from compressor.verify.base import Check
 from compressor.verify.structure.contents import Contents
 from compressor.verify.structure.expected import is_aside
@@ -31,12 +34,14 @@ def is_kv_scale(name: str) -> bool:
 
 
 def check_kv_cache(stored: Contents, quant: QuantConfig) -> Check:
-    """The check ``kv_cache``: every attention layer has a scale for keys and one for values, both sane.
+    """The check ``kv_cache``: every attention layer has a scale for keys and one for values, both sane, and
+    ``kv_plan.json`` can be read and speaks of the layers and heads that config.json has.
 
     Raises:
         CheckpointError: a file became unreadable.
     """
     found = Findings("kv_cache")
+    planned = _check_plan(stored, found)
     present = [name for name in stored.headers if is_kv_scale(name)]
     if quant.kv is None:
         if present:
@@ -45,9 +50,9 @@ def check_kv_cache(stored: Contents, quant: QuantConfig) -> Check:
                 "(ModelOpt: kv_cache_quant_algo) back, or engines keep the cache in 16 bit",
                 *present,
             )
-        return found.result("no KV cache quantization, and no scales of one")
+        return found.result(f"no KV cache quantization in config.json, and no scales of one{planned}")
     if not quant.kv.static:
-        return found.result(f"{quant.kv.label} cache whose scales are made while it is filled")
+        return found.result(f"{quant.kv.label} cache whose scales are made while it is filled{planned}")
     layers = _attention_layers(stored)
     if not layers and not present:
         found.add(f"config.json asks for an {quant.kv.label} cache, but there are no scales of one")
@@ -61,7 +66,33 @@ def check_kv_cache(stored: Contents, quant: QuantConfig) -> Check:
                 )
     for name in present:
         _check_scale(stored, name, quant.kv, found)
-    return found.result(f"{quant.kv.label} scales of keys and values in {len(layers)} attention layers")
+    return found.result(
+        f"{quant.kv.label} scales of keys and values in {len(layers)} attention layers{planned}"
+    )
+
+
+def _check_plan(stored: Contents, found: Findings) -> str:
+    """Words about ``kv_plan.json``, "" where there is none; adds what is wrong with it to ``found``."""
+    if not (stored.folder / JSON_NAME).is_file():
+        return ""
+    try:
+        plan = KvPlan.read(stored.folder)
+    except CheckpointError as error:
+        found.add(f"cannot be used: {error.what}", JSON_NAME)
+        return ""
+    layers, reason = kv_layers(stored.config or {})
+    if reason:
+        return f"; {JSON_NAME} can be read, and config.json does not tell the layers: {reason}"
+    heads = {
+        layer.index: (layer.heads, layer.head_dim) for layer in layers if layer.kind in ("full", "latent")
+    }
+    for index, planned in plan.layers.items():
+        if index not in heads:
+            found.add(f"layer {index} of it has no full attention in config.json", JSON_NAME)
+        elif heads[index] != (planned.kv_heads, planned.head_dim):
+            said, has = f"{planned.kv_heads} x {planned.head_dim}", "{} x {}".format(*heads[index])
+            found.add(f"layer {index} of it has {said} KV heads, that of config.json {has}", JSON_NAME)
+    return f"; a plan of the cache for {len(plan.layers)} layers"
 
 
 def _names(layer: str, side: str) -> list[str]:
