@@ -113,6 +113,8 @@ def store(
     batch: Batch,
 ) -> None:
     """Writes the keys and values of a batch's tokens into their slots."""
+    if not len(batch.written):
+        return
     sides = ((codecs.keys, keys_THD), (codecs.values, values_THD))
     slots_HTS = torch.cat([_encoded(codec, x_THD, batch) for codec, x_THD in sides], dim=-1)
     block_tokens = cache_NHPS.shape[2]

@@ -50,7 +50,8 @@ def _with_plan(init: Any) -> Any:
         from compressor.serving.vllm_backend import backend_of
 
         codecs = PagedCodecs.of(layer)
-        init(*args, **kwargs, attn_backend=backend_of(codecs.slot_bytes), codecs=codecs)
+        packed = {"attn_backend": backend_of(codecs.slot_bytes), "codecs": codecs}
+        init(*args, **(kwargs | packed))
 
     return planned
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from compressor.kv.fitted_rotary import RotaryFittedCodec
 from compressor.kv.formats import FORMATS
 from compressor.kv.plan import LayerPlan
 from compressor.serving import paged
@@ -23,6 +24,13 @@ def mixed() -> PagedCodecs:
     return PagedCodecs.of(
         LayerPlan("mixed", KV_HEADS, HEAD_DIM, plan.keys, fitted_codec(KV_HEADS, HEAD_DIM, 2))
     )
+
+
+def turned() -> PagedCodecs:
+    """Keys whose slots depend on their places."""
+    fitted = fitted_codec(KV_HEADS, HEAD_DIM, 4)
+    keys = RotaryFittedCodec.of(fitted, torch.tensor([1.0, 0.3, 0.02]))
+    return PagedCodecs.of(LayerPlan("turned", KV_HEADS, HEAD_DIM, keys, fitted))
 
 
 class Engine:
@@ -147,3 +155,20 @@ def test_scale_is_used() -> None:
     attend(cache, codecs, torch.tensor([[[4.0, 0.0]], [[4.0, 0.0]]]), batch, 0.5, output)
     first = math.exp(2.0) / (math.exp(2.0) + 1)
     torch.testing.assert_close(output[:, 0], torch.tensor([[1.0, 0.0], [first, 2 * (1 - first)]]))
+
+
+def test_a_step_that_stores_nothing() -> None:
+    """Every token of the batch is padding: no slot changes, also where codecs ask for places."""
+    cache = torch.zeros(2, KV_HEADS, BLOCK, turned().slot_bytes, dtype=torch.uint8)
+    batch = Batch.of([0, 0], [2], torch.zeros(1, 1, dtype=torch.int64), torch.tensor([-1, -1]))
+    keys = torch.ones(2, KV_HEADS, HEAD_DIM)
+    store(cache, turned(), keys, keys, batch)
+    assert not cache.any()
+
+
+def test_codecs_that_ask_for_places() -> None:
+    """Tokens of several sequences are stored in one step, each turned back by its own number."""
+    engine = Engine(turned(), 3, seed=5)
+    for new in ([3, 0, 5], [1, 4, 0], [1, 1, 1]):
+        given, wanted = engine.step(new, padding=2)
+        torch.testing.assert_close(given[: sum(new)], wanted[: sum(new)], atol=1e-5, rtol=1e-5)
