@@ -78,7 +78,7 @@ def command(
             context=context,
             cache=DEFAULT_WORKSPACE.absolute() / "hub",
             progress=progress,
-            kv=[name.strip() for name in (kv_formats or "").split(",") if name.strip()],
+            kv=_names(kv_formats),
             kv_mode=kv_mode or "strict",
             kv_needle=_lengths(kv_needle),
         )
@@ -116,6 +116,22 @@ def command(
     if result.kv:
         for measured in kv_tables(result.kv):
             console.print(measured)
+
+
+def _names(words: str | None) -> list[str]:
+    """The formats of --kv.
+
+    Raises:
+        UserError: one has no name.
+    """
+    if words is None:
+        return []
+    names = [name.strip() for name in words.split(",")]
+    if not all(names):
+        raise UserError(
+            f"--kv {words!r} has a format without a name", fix="for example fp8,turboquant_4bit_nc"
+        )
+    return names
 
 
 def _lengths(words: str | None) -> list[int]:

@@ -140,3 +140,12 @@ def test_ctrl_c_while_modules_are_imported(options: tuple[str, ...]) -> None:
     (line,) = done.stderr.splitlines()
     text = json.loads(line)["text"] if options else line
     assert text == "interrupted: run the same command again"
+
+
+@pytest.mark.parametrize("formats", ["", "fp8,", " , "])
+def test_kv_formats_without_a_name(formats: str, tmp_path: Path) -> None:
+    """Nothing is measured silently without what was asked for."""
+    done = compress("eval", str(tmp_path), "--source", "x", "--text", "y", "--kv", formats)
+    assert done.returncode == 2
+    assert "has a format without a name" in done.stderr
+    assert "Traceback" not in done.stderr
