@@ -181,7 +181,8 @@ def test_plugins_of_others_are_named(
     points = "[vllm.general_plugins]\na = one.module:register\nb = two:register\nown = vllm.plugins.x:y\n"
     add_distribution(fake.packages, "two-plugins", points)
     answer = asked(**({} if chosen is None else {"VLLM_PLUGINS": chosen}))
-    assert answer.plugins == found
+    # This package's own is named too where it is installed, as in the environment of the tests.
+    assert tuple(name for name in answer.plugins if name != "compressor_kv") == found
 
 
 @pytest.mark.parametrize(
