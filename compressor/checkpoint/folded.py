@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.base import Kind, Source
 from compressor.checkpoint.safetensors_file import read_header, read_tensor
+from compressor.checkpoint.safetensors_writer import write_tensors
 from compressor.checkpoint.wrapping import Wrapping
 from compressor.errors import CheckpointError
 from compressor.model.kv_folding import Foldable, Spot, foldable
@@ -56,13 +57,16 @@ class KvFold:
         return told.hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Writes ``kv_fold.tensors`` into an existing folder."""
+        """Writes ``kv_fold.tensors`` into an existing folder.
+
+        Raises:
+            UserError: the disk is full.
+        """
         import torch
-        from safetensors.torch import save_file
 
         tensors = {f"{_KEYS}{layer}": factor_HD.contiguous() for layer, factor_HD in self.keys.items()}
         tensors[_VALUES] = torch.tensor(sorted(self.values), dtype=torch.int64)
-        save_file(tensors, folder / FOLD_NAME)
+        write_tensors(folder / FOLD_NAME, tensors)
 
     @classmethod
     def read(cls, folder: Path) -> KvFold:

@@ -32,6 +32,21 @@ _DTYPE_ORDER = (
 )
 
 
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes a small safetensors file at once, published by one rename.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    headers = [
+        TensorHeader(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
+    with ShardWriter(path, headers) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
 class ShardWriter:
     """One safetensors file, filled tensor by tensor and published by one rename when it is whole.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.safetensors_file import FileHeader, load_json, read_header, read_tensor
+from compressor.checkpoint.safetensors_writer import write_tensors
 from compressor.errors import CheckpointError
 from compressor.kv.base import KvCodec
 from compressor.kv.formats import FORMATS
@@ -125,9 +126,11 @@ class KvPlan:
         }
 
     def write(self, folder: Path) -> None:
-        """Writes the plan's two files into an existing folder; without fitted tensors only the first."""
-        from safetensors.torch import save_file
+        """Writes the plan's two files into an existing folder; without fitted tensors only the first.
 
+        Raises:
+            UserError: the disk is full.
+        """
         tensors: dict[str, torch.Tensor] = {}
         layers = []
         for index, layer in sorted(self.layers.items()):
@@ -145,7 +148,7 @@ class KvPlan:
             layers.append(entry)
         (folder / TENSORS_NAME).unlink(missing_ok=True)
         if tensors:
-            save_file(tensors, folder / TENSORS_NAME)
+            write_tensors(folder / TENSORS_NAME, tensors)
         windows = {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
         write_json(folder / JSON_NAME, {"version": _VERSION, **windows, "layers": layers})
 

@@ -107,7 +107,7 @@ def kv_quality_rows(facts: KvFacts) -> list[tuple[str, ...]]:
     """What was measured, by mode."""
     return [
         (
-            {"strict": "stored", "vllm": "vLLM does"}[found.mode],
+            {"strict": "as stored", "vllm": "as vLLM reads"}[found.mode],
             f"{found.perplexity:.4f}",
             f"{found.perplexity_16bit:.4f}",
             f"{found.increase:+.2%}",

@@ -69,8 +69,9 @@ _OWN_MODULES = (
     "provides it."
 )
 _OWN_CACHE = (
-    "The KV-cache format {format} is not servable by vLLM 0.32: this line serves the weights with a 16-bit "
-    "cache; kv_plan.json is for this package's own cache."
+    "The chosen KV cache ({format}) is not servable by vLLM 0.32 alone: this line serves the weights with a "
+    "16-bit cache, unless this package is installed beside vLLM, whose plug-in follows kv_plan.json "
+    "(docs/kv-cache.md)."
 )
 _UNKNOWN = "No serving check of {label} is recorded: compare log-probabilities before relying on it."
 

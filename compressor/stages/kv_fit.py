@@ -5,6 +5,7 @@ Legend: N sequences, T tokens, H KV heads, D head_dim, E = H * D.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,11 @@ from compressor.model.attention_heard import check_hearable, rotary_frequencies
 from compressor.model.skeleton import build_skeleton, compute_buffers, library_faults
 from compressor.progress import Progress
 from compressor.stages.kv_gather import Gathered, Wanted, gather_blocks, gather_whole
+from compressor.workspace import write_json
 
 FITTED = "fitted"
+
+_DECIDED_NAME = "fitted_how.json"
 
 _MOST_ROWS = 32768  # of a layer and side: 128 for each centroid
 _TRIED = 8  # sequences on which formats are measured
@@ -78,7 +82,7 @@ def fit_kv(
     """
     assert spec.format == AUTO or spec.tier == "research", "a named format is not chosen"
     shape = AttentionShape.of(source)
-    gathered = gather(source, spec, shape, ids_NT, device, progress)
+    gathered = gather(source, spec, shape, ids_NT, device, progress, whole=_decided(source, folder))
     plan, error = choose_plan(spec, shape, gathered, progress)
     plan.write(folder)
     facts = {
@@ -142,8 +146,10 @@ def gather(
     ids_NT: torch.Tensor,
     device: torch.device,
     progress: Progress,
+    *,
+    whole: bool,
 ) -> Gathered:
-    """What a choice rests on, heard with gradients where the whole model fits in memory.
+    """What a choice rests on, heard with gradients where the ``whole`` model is held in memory.
 
     Raises:
         CheckpointError: attention that cannot be heard.
@@ -156,11 +162,24 @@ def gather(
         tried=_TRIED,
         frequencies_P=shape.frequencies_P if spec.tier == "research" else None,
     )
-    parameters = sum(header.numel for header in source.headers.values())
-    if 4 * parameters * _WHOLE_SHARE < available_memory_bytes():
+    if whole:
         return gather_whole(source, ids_NT, wanted, device, progress)
     progress.warn("the model does not fit in memory: KV errors are judged by each layer's own output")
     return gather_blocks(source, ids_NT, wanted, device, progress)
+
+
+def fits_whole(source: Source) -> bool:
+    """Whether there is memory now for the whole model with gradients."""
+    parameters = sum(header.numel for header in source.headers.values())
+    return 4 * parameters * _WHOLE_SHARE < available_memory_bytes()
+
+
+def _decided(source: Source, folder: Path) -> bool:
+    """``fits_whole``, as it was when the stage began: a run that goes on ends with the same bits."""
+    path = folder / _DECIDED_NAME
+    if not path.is_file():
+        write_json(path, {"whole": fits_whole(source)})
+    return bool(json.loads(path.read_text())["whole"])
 
 
 def choose_plan(

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.safetensors_file import read_header, read_tensor
+from compressor.checkpoint.safetensors_writer import write_tensors
 from compressor.errors import CheckpointError
 from compressor.progress import Progress
-from compressor.spec import TensorHeader
 
 if TYPE_CHECKING:
     import torch
@@ -144,25 +144,11 @@ def _hear_block(tape: Tape, index: int, streams: Streams, folder: Path, *, neede
     if needed:
         if not found:
             raise CheckpointError(f"no attention was heard in block {index}", where=tape.blocks[index])
-        _write(_path(folder, index), found[0])
+        write_tensors(_path(folder, index), found[0].tensors())
 
 
 def _path(folder: Path, index: int) -> Path:
     return folder / f"heard-{index:05d}.safetensors"
-
-
-def _write(path: Path, heard: LayerHeard) -> None:
-    from compressor.checkpoint.safetensors_file import safetensors_dtype
-    from compressor.checkpoint.safetensors_writer import ShardWriter
-
-    tensors = heard.tensors()
-    headers = [
-        TensorHeader(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    ]
-    with ShardWriter(path, headers) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
 
 
 def _read(path: Path) -> LayerHeard:

@@ -77,4 +77,4 @@ def test_what_vllm_cannot_serve_is_labelled() -> None:
 def test_rows() -> None:
     """Numbers as people read them."""
     assert kv_rows(FACTS) == [("8,192 x 8", "4.000 GiB", "1.000 GiB", "4.00x")]
-    assert kv_quality_rows(FACTS)[0][:4] == ("stored", "10.1000", "10.0000", "+1.00%")
+    assert kv_quality_rows(FACTS)[0][:4] == ("as stored", "10.1000", "10.0000", "+1.00%")

@@ -175,3 +175,12 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     refused(KvSpec("auto", "own"), "needs a budget")
     latent = FAMILIES["deepseek_v3"](tmp_path / "latent")
     refused(KvSpec("auto", "own", 100), "latent attention", latent)
+
+
+def test_a_run_that_goes_on_weighs_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is gone by then changes nothing: the same bits come out."""
+    source = FolderSource(tiny_llama(tmp_path / "model"))
+    assert kv_fit._decided(source, tmp_path)
+    monkeypatch.setattr(kv_fit, "available_memory_bytes", lambda: 1000)
+    assert not kv_fit.fits_whole(source)
+    assert kv_fit._decided(source, tmp_path)
