@@ -181,6 +181,11 @@ def _budget(
         assert fixed is not None
         each = section.gib * 2**30 / (section.users or 1)
         found, key = max(0, int((each - fixed) // section.context)), "gib"
+        if tier == "vllm" and any(layer.kind in ("sliding", "chunked") for layer in layers):
+            warnings.append(
+                "kv_cache.budget.gib counts bytes as stored; beside layers with windows vLLM gives every "
+                "layer pages of the largest size, which may take up to twice as much (see the table of formats)"
+            )
     sizes = [
         (_form_bytes(full, layers, config, FORMATS[name]), name)
         for name in _names(tier)

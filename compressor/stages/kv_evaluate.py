@@ -72,7 +72,7 @@ def kv_variants(
                 else "vLLM keeps every layer of so small a model in 16 bit"
             )
             progress.warn(f"{name} stores nothing: {why}")
-        reads: Mode = mode if name == PLAN or name.startswith(_RAW_PROMPTS) else "strict"
+        reads: Mode = mode if name == PLAN or _leaves_prompts_raw(name) else "strict"
 
         def make(layers: dict[int, LayerCodecs] = layers, reads: Mode = reads) -> PackedCache:
             return PackedCache.of(config, layers, reads)
@@ -97,7 +97,12 @@ def plan_modes(checkpoint: Path) -> tuple[Mode, ...]:
     packed = [plan.layers[index].format for index in plan.codecs()]
     if not packed:
         return ()
-    return ("strict", "vllm") if all(name.startswith(_RAW_PROMPTS) for name in packed) else ("strict",)
+    return ("strict", "vllm") if all(map(_leaves_prompts_raw, packed)) else ("strict",)
+
+
+def _leaves_prompts_raw(name: str) -> bool:
+    """Whether vLLM serves the format and reads a prompt's first chunk unquantized."""
+    return name.startswith(_RAW_PROMPTS) and name in FORMATS and FORMATS[name].tier == "vllm"
 
 
 def _planned(config: PreTrainedConfig, checkpoint: Path) -> dict[int, LayerCodecs]:

@@ -124,3 +124,14 @@ def test_what_needs_data():
     assert not sound({"format": "fp8", "calibrate": False}).needs_data
     assert not sound({"format": "bf16"}).needs_data
     assert not sound({"format": "fp8"}, {"model_type": "deepseek_v3"}).needs_data
+
+
+def test_a_gib_budget_beside_windows_is_warned_of() -> None:
+    """vLLM's pages are not the stored bytes there; in dense models they are."""
+    section = {"budget": {"gib": 40, "context": 8192}}
+    assert any(
+        "pages of the largest size" in warning
+        for warning in planned(section, {"model_type": "gemma3_text"})[2]
+    )
+    assert not any("pages" in warning for warning in planned(section)[2])
+    assert not any("pages" in w for w in planned(section | {"tier": "own"}, {"model_type": "gemma3_text"})[2])

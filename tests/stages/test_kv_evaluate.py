@@ -17,7 +17,7 @@ from compressor.kv.formats import FORMATS
 from compressor.kv.layer import PackedLayer
 from compressor.kv.plan import KvPlan, LayerPlan
 from compressor.progress import Silent
-from compressor.stages.kv_evaluate import check_kv_formats, kv_variants
+from compressor.stages.kv_evaluate import check_kv_formats, kv_variants, plan_modes
 from tests.e2e.cases import write_recipe
 from tests.evals.kv_models import ids
 from tests.model.zoo import FAMILIES
@@ -208,3 +208,17 @@ def test_faults_are_one_message(
     error = " ".join(capsys.readouterr().err.split())
     assert told in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "modes"),
+    [("turboquant_4bit_nc", ("strict", "vllm")), ("turboquant_3.5bit", ("strict",)), ("fp8", ("strict",))],
+)
+def test_only_what_vllm_serves_is_read_as_vllm_reads(
+    name: str, modes: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Our own TurboQuant formats bear the name, and vLLM has them not."""
+    make = FORMATS[name].make
+    assert make is not None
+    KvPlan({0: LayerPlan(name, 2, 32, *make())}).write(tmp_path)
+    assert plan_modes(tmp_path) == modes
