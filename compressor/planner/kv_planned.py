@@ -184,7 +184,7 @@ def _budget(
         if tier == "vllm" and any(layer.kind in ("sliding", "chunked") for layer in layers):
             warnings.append(
                 "kv_cache.budget.gib counts bytes as stored; beside layers with windows vLLM gives every "
-                "layer pages of the largest size, which may take up to twice as much (see the table of formats)"
+                "layer pages of the largest size, which may take up to twice as much (see the table)"
             )
     sizes = [
         (_form_bytes(full, layers, config, FORMATS[name]), name)
