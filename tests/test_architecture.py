@@ -23,7 +23,7 @@ LEVELS: list[set[str]] = [
     {"recipe"},
     {"stages"},
     {"calibration"},
-    {"schemes", "solvers", "dialects", "kv", "evals", "budget"},
+    {"schemes", "solvers", "dialects", "kv", "rope", "evals", "budget"},
     {"model", "checkpoint"},
     {"data", "workspace", "meter", "device", "progress"},
     {"spec", "errors"},
@@ -31,7 +31,7 @@ LEVELS: list[set[str]] = [
     {"numerics"},
 ]
 # Neighbours that may see each other, and the files through which they meet.
-PLUGIN_ROOMS = {"schemes", "solvers", "dialects", "kv", "evals", "budget"}
+PLUGIN_ROOMS = {"schemes", "solvers", "dialects", "kv", "rope", "evals", "budget"}
 # Each of these is named in one file only: everything else asks that file.
 SINGLE_HOMES = {
     "lm_eval": "evals/tasks.py",

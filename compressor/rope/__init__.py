@@ -1,0 +1,1 @@
+"""Rotary position embeddings: scaling methods, how configs spell them, and the search for factors."""
