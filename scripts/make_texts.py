@@ -37,10 +37,22 @@ REFERENCE_MODULES = (
 )
 # Modules of these sizes, but tables, relics and what names a licence of its own.
 MODULE_CHARS = range(5_000, 30_000)
-NOT_MODULES = re.compile(r"/(distutils|lib2to3|turtledemo|ctypes|curses|idlelib)/|_casefix|stringprep|opcode")
+NOT_MODULES = re.compile(
+    r"/(distutils|lib2to3|turtledemo|ctypes|curses|idlelib)/|_casefix|stringprep|opcode|html/entities"
+)
 # Folders of somebody's machine, which are nothing to learn from.
 MACHINE_PATH = re.compile(r"(?<![\w./])/(home|root|Users|tmp|opt|usr|work)/")
 OWN_LICENCE = re.compile(r"permission|redistribut|warrant|licen[cs]e|copyright|\(c\)", re.IGNORECASE)
+
+# Long documents. For measuring: both halves of Moby Dick and the addresses of a president, in order, as one
+# document; the first ones fill 131,072 tokens of SmolLM2's tokenizer, the others 32,768. For training and
+# searching: Austen's novels, and the longest pages of Python's documentation and modules of its library.
+MOBY_WHOLE = "moby-dick/data/data.txt"
+LONGEST = ("theodore_roosevelt", "grover_cleveland")
+LONG = ("harry_s_truman", "william_j_clinton", "calvin_coolidge", "jimmy_carter", "ulysses_s_grant")
+LONG += ("franklin_d_roosevelt", "james_polk", "william_h_taft")
+LONGEST_CHARS, LONG_CHARS = 700_000, 185_000
+LONG_PAGE_CHARS = 70_000
 
 Document = dict[str, Any]
 
@@ -121,11 +133,35 @@ def chat(folder: Path) -> Iterator[Document]:
                 yield {"id": name, "messages": messages}
 
 
+def long_heldout(folder: Path) -> Iterator[Document]:
+    """Halves of Moby Dick, then presidents, each with all addresses in the order of years."""
+    whole = read(folder, "moby_dick")[MOBY_WHOLE]
+    half = whole.index("\n\nCHAPTER ", len(whole) // 2 - 10_000)
+    yield {"id": "moby-dick, first half", "text": whole[:half]}
+    yield {"id": "moby-dick, second half", "text": whole[half:]}
+    sotu = read(folder, "sotu")
+    for presidents, chars in ((LONGEST, LONGEST_CHARS), (LONG, LONG_CHARS)):
+        for president in presidents:
+            own = sorted(name for name in sotu if re.search(rf"/\d{{4}}_{president}_[a-z]+\.txt$", name))
+            yield {"id": f"sotu, {president}", "text": "\n\n".join(sotu[name] for name in own)[:chars]}
+
+
+def long_train(folder: Path) -> Iterator[Document]:
+    """Novels, then long pages of documentation and long modules."""
+    for novel, text in read(folder, "austen").items():
+        yield {"id": novel, "text": text}
+    for corpus in ("python_doc", "code_stdlib"):
+        for name, text in read(folder, corpus).items():
+            if len(text) >= LONG_PAGE_CHARS and not NOT_MODULES.search(name):
+                yield {"id": name, "text": text}
+
+
 def write(path: Path, documents: Iterator[Document]) -> None:
     """One JSON object a line, keys in the order given."""
     kept = (document for document in documents if not MACHINE_PATH.search(json.dumps(document)))
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in kept]
-    path.write_text("".join(lines), encoding="utf-8")
+    data = "".join(lines).encode()
+    path.write_bytes(lzma.compress(data, preset=9) if path.suffix == ".xz" else data)
     print(f"{path}: {len(lines)} documents, {path.stat().st_size} bytes")
 
 
@@ -140,6 +176,9 @@ def main() -> None:
     write(given.output / "heldout.jsonl", heldout(given.corpora))
     for made in (prose, code, chat):
         write(given.output / f"{made.__name__}.jsonl", made(given.corpora))
+    (given.output / "long").mkdir(exist_ok=True)
+    write(given.output / "long" / "heldout.jsonl.xz", long_heldout(given.corpora))
+    write(given.output / "long" / "train.jsonl.xz", long_train(given.corpora))
     shutil.copyfile(given.corpora / "piqa.jsonl", given.output / "piqa" / "piqa.jsonl")
 
 
