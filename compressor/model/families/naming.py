@@ -8,7 +8,7 @@ from typing import Any
 from compressor.spec import FLOAT_DTYPES, InputNorm, LinearPart, Role, TensorHeader
 
 # Keys under which multimodal configs nest their language model.
-_TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
+TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embeddings"})
 LM_HEADS = frozenset({"lm_head", "embed_out", "output"})
@@ -50,7 +50,7 @@ _BLOCK = re.compile(r"(?:^|\.)[A-Za-z_]\w*\.(\d+)\.")
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of a config.json: a nested ``text_config`` (or its like), else all of it."""
-    for key in _TEXT_KEYS:
+    for key in TEXT_KEYS:
         nested = config.get(key)
         if isinstance(nested, dict):
             return text_config(nested)

@@ -1,0 +1,359 @@
+"""A config.json whose positions are scaled, as transformers 5.17 and vLLM 0.32 read it alike.
+
+Importing this does not import torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compressor.errors import UserError
+from compressor.rope import methods
+from compressor.rope.positions import (
+    LONGEST,
+    SLIDING,
+    Positions,
+    is_int,
+    is_number,
+    read_positions,
+    shown,
+)
+from compressor.rope.refusals import ENGINES, SWITCHING, Engine, family_refusal, instead, method_refusal
+from compressor.rope.spec import ContextSpec, ScaledConfig
+
+# Fields of rope_parameters that describe a scaling: a new one begins without them.
+SCALING_FIELDS = frozenset(
+    {
+        *(
+            "type",
+            "rope_type",
+            "rope_theta",
+            "factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+        ),
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "alpha", "max_trained_positions"),
+        *(
+            "short_factor",
+            "long_factor",
+            "short_mscale",
+            "long_mscale",
+            "low_freq_factor",
+            "high_freq_factor",
+        ),
+    }
+)
+# Where configs of before transformers 5 say the same: read otherwise by one engine or the other, or stale.
+_LEGACY = ("rope_scaling", "rope_theta", "rotary_emb_base", "rope_local_base_freq")
+# What a scaling keeps when it is only made longer.
+_KNOBS = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+}
+_MOST_FACTOR = 10_000.0
+_LEAST_DIVISOR = 1.0
+_ROUNDING = 1e-4  # tokens: what a quotient of lengths times its divisor may fall short
+
+
+def scaled_config(
+    config: Mapping[str, Any], spec: ContextSpec, *, engines: Collection[Engine] = ENGINES
+) -> ScaledConfig:
+    """The config of a model that reads ``spec.target_length`` tokens.
+
+    Only ``rope_parameters``, ``max_position_embeddings`` (and ``original_max_position_embeddings`` where the
+    family has it beside them) change; the legacy ``rope_scaling``, ``rope_theta`` and their like are removed
+    since they would win, or say otherwise. Everything else is kept.
+
+    The factor is ``target_length / L`` exactly unless ``spec.factor`` asks for more; one that is given is
+    lowered to the next that makes ``L * factor`` a whole number of tokens.
+
+    Args:
+        config: contents of the source's config.json.
+        spec: what is asked.
+        engines: that are to read the result.
+
+    Raises:
+        UserError: what is asked does not fit the model, itself, or an engine.
+        CheckpointError: the config has no rotary positions, or none that can be read.
+    """
+    positions = read_positions(config)
+    reason = family_refusal(positions)
+    if reason:
+        raise UserError(reason, where="context.method", fix="leave the section context out")
+    reason = method_refusal(positions, spec.method, engines)
+    if reason:
+        raise UserError(reason, where="context.method", fix=instead(positions, engines))
+    original, notes = _original_length(positions, spec)
+    factor, length = _reach(spec, original)
+    told = _Told(positions, spec, original, factor, length)
+    return ScaledConfig(
+        config=_rewritten(config, told),
+        length=length,
+        factor=factor,
+        notes=(*notes, *_notes(told)),
+    )
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What is written, settled.
+
+    Attributes:
+        positions: of the source.
+        spec: what is asked.
+        original: L.
+        factor: s.
+        length: tokens that are read.
+    """
+
+    positions: Positions
+    spec: ContextSpec
+    original: int
+    factor: float
+    length: int
+
+    @property
+    def position_limit(self) -> int:
+        """``max_position_embeddings``: vLLM multiplies it by the factor of linear and dynamic scaling itself,
+        but for Gemma 3 (config/model.py, _get_and_verify_max_len); transformers' dynamic starts from it.
+        """
+        multiplied = self.spec.method in ("linear", "dynamic") and "gemma3" not in self.positions.model_type
+        return self.original if multiplied else self.length
+
+
+def _original_length(positions: Positions, spec: ContextSpec) -> tuple[int, list[str]]:
+    """L, and notes on how it was found.
+
+    Raises:
+        UserError: it is not known, or the model is scaled already in a way that leaves no way on.
+    """
+    now = positions.length
+    if positions.rope_type != "default":
+        return _scaled_already(positions, spec), [
+            f"the source is scaled by {positions.rope_type} already: the factor counts from "
+            f"{positions.original_length} tokens, and takes the place of its own"
+        ]
+    found = spec.original_length or now
+    if found is None:
+        raise UserError(
+            "config.json has no max_position_embeddings: the length of the training is not known",
+            where="context.original_length",
+            fix="name it",
+        )
+    if not is_int(found, 2, LONGEST):
+        raise UserError(f"is {shown(found)}, not a number of tokens", where="context.original_length")
+    if now is not None and found > now:
+        raise UserError(
+            f"{found} is more than max_position_embeddings of the source, {now}",
+            where="context.original_length",
+            fix=f"name at most {now}",
+        )
+    return found, []
+
+
+def _scaled_already(positions: Positions, spec: ContextSpec) -> int:
+    """L of a model that is scaled already, if the same scaling can be made longer.
+
+    Raises:
+        UserError: it cannot, or reads that far already.
+    """
+    kind, now, original = positions.rope_type, positions.length, positions.original_length
+    where = "context.target_length"
+    if now is not None and spec.target_length <= now:
+        raise UserError(
+            f"the source reads {now} tokens already: it is scaled by {kind}",
+            where=where,
+            fix="leave the section context out",
+        )
+    if original is None:
+        raise UserError(
+            f"the source is scaled by {kind} already, and its config does not say from which length",
+            where=where,
+            fix="start from the model before it was scaled",
+        )
+    if spec.method != kind or kind == "longrope":
+        raise UserError(
+            f"the source is scaled by {kind} already, and was trained so: its frequencies are no longer "
+            f"those that {spec.method} counts from",
+            where="context.method",
+            fix="start from the model before it was scaled"
+            + ("" if kind == "longrope" else f", or make its own longer: method {kind}"),
+        )
+    if positions.parameters.get("attention_factor") is not None:
+        raise UserError(
+            f"the source is scaled by {kind} already, with an attention_factor of its own for that length",
+            where="context.method",
+            fix="start from the model before it was scaled",
+        )
+    if spec.original_length not in (None, original):
+        raise UserError(
+            f"{spec.original_length} is not what the source is scaled from: {original}",
+            where="context.original_length",
+            fix="leave it out",
+        )
+    return original
+
+
+def _reach(spec: ContextSpec, original: int) -> tuple[float, int]:
+    """The factor, and the tokens that are read by it.
+
+    Raises:
+        UserError: the target is not beyond the original length, or the factor does not lead there.
+    """
+    target = spec.target_length
+    if not is_int(target, 2, LONGEST):
+        raise UserError(f"is {shown(target)}, not a number of tokens", where="context.target_length")
+    if target <= original:
+        raise UserError(
+            f"{target} tokens are not more than the original length, {original}",
+            where="context.target_length",
+            fix="leave the section context out, or name a longer one",
+        )
+    given = spec.factor
+    smallest = target / original
+    if smallest > _MOST_FACTOR:
+        raise UserError(f"is {smallest:g} times the original length", where="context.target_length")
+    if given is None:
+        return _factor(spec, original, target), target
+    if not is_number(given) or not 1 < given <= _MOST_FACTOR:
+        raise UserError(
+            f"is {shown(given)}, not a number above 1 and at most {_MOST_FACTOR:g}", where="context.factor"
+        )
+    length = math.floor(original * float(given) + _ROUNDING)
+    if spec.method == "llama3":
+        return float(given), max(length, target)
+    if length < target:
+        raise UserError(
+            f"{given:g} times {original} tokens are {length}, less than target_length {target}",
+            where="context.factor",
+            fix=f"leave it out, or name at least {smallest:g}",
+        )
+    return _factor(spec, original, length), length
+
+
+def _factor(spec: ContextSpec, original: int, length: int) -> float:
+    """``length / original``, as engines turn it into a length again.
+
+    transformers compares YaRN's with the quotient of both lengths; vLLM rounds the product of linear's down.
+    """
+    factor = length / original
+    if spec.method in ("linear", "dynamic"):
+        while int(original * factor) < length:
+            factor = math.nextafter(factor, math.inf)
+    return factor
+
+
+def _rewritten(config: Mapping[str, Any], told: _Told) -> dict[str, Any]:
+    """The config with what is told."""
+    changed: dict[str, Any] = copy.deepcopy(dict(config))
+    text = changed
+    for key in told.positions.path:
+        text = text[key]
+    for key in _LEGACY:
+        text.pop(key, None)
+    positions = told.positions
+    new = _parameters(told)
+    if positions.kind is None:
+        text["rope_parameters"] = new
+    else:
+        others = copy.deepcopy(dict(positions.others))
+        text["rope_parameters"] = {positions.kind: new, **others}
+    text["max_position_embeddings"] = told.position_limit
+    if "original_max_position_embeddings" in text or positions.model_type in SWITCHING:
+        # transformers takes this one before that of rope_parameters.
+        text["original_max_position_embeddings"] = told.original
+    return changed
+
+
+def _parameters(told: _Told) -> dict[str, Any]:
+    """``rope_parameters`` of the layers that are scaled."""
+    positions, spec, original, factor = told.positions, told.spec, told.original, told.factor
+    before = positions.parameters
+    new = {key: value for key, value in before.items() if key not in SCALING_FIELDS}
+    new |= {"rope_type": spec.method, "rope_theta": positions.theta}
+    if spec.method == "ntk":
+        new["rope_type"] = "default"
+        new["rope_theta"] = methods.ntk_theta(positions.rotary_dim, positions.theta, factor)
+        return new
+    new["factor"] = factor
+    if spec.method in ("linear", "dynamic"):
+        return new
+    new["original_max_position_embeddings"] = original
+    if spec.method == "llama3":
+        new |= {"low_freq_factor": methods.LOW_FREQ_FACTOR, "high_freq_factor": methods.HIGH_FREQ_FACTOR}
+    elif spec.method == "yarn" and positions.latent:
+        # DeepSeek's: the part that is turned is not all of a head, so attention itself is scaled.
+        new |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    elif spec.method == "longrope":
+        new |= _longrope(told)
+    if positions.rope_type == spec.method:
+        kept = {key: before[key] for key in _KNOBS.get(spec.method, ()) if before.get(key) is not None}
+        new |= {key: float(value) if is_int(value, 0, LONGEST) else value for key, value in kept.items()}
+    return new
+
+
+def _longrope(told: _Told) -> dict[str, Any]:
+    """Factors, and the multiplier as each engine reads it."""
+    given, wanted = told.spec.factors, told.positions.rotary_dim // 2
+    where = "context.factors"
+    if given is None:
+        raise UserError("method longrope needs factors", where=where, fix="give them, or have them searched")
+    if len(given) != wanted:
+        hint = ": engines would use a single one for every frequency" if len(given) == 1 else ""
+        raise UserError(
+            f"has {len(given)} factors, the model {wanted} frequencies{hint}",
+            where=where,
+            fix=f"give {wanted}, one for each pair of the {told.positions.rotary_dim} turned dimensions",
+        )
+    for index, value in enumerate(given):
+        if not is_number(value) or not _LEAST_DIVISOR <= value <= _MOST_FACTOR:
+            raise UserError(
+                f"factor {index} is {shown(value)}, not a number from {_LEAST_DIVISOR:g} to {_MOST_FACTOR:g}",
+                where=where,
+            )
+    long = [float(value) for value in given]
+    multiplier = methods.longrope_multiplier(told.factor, told.original)
+    switches = told.positions.model_type in SWITCHING
+    return {
+        "short_factor": [1.0] * wanted if switches else list(long),
+        "long_factor": long,
+        "attention_factor": multiplier,
+        "short_mscale": multiplier,
+        "long_mscale": multiplier,
+    }
+
+
+def _notes(told: _Told) -> list[str]:
+    """What a person should know of the result."""
+    found = []
+    spec, positions = told.spec, told.positions
+    if spec.method != "dynamic":
+        found.append(
+            f"{spec.method} scaling is static: short prompts are read with the scaled frequencies, too, and "
+            "lose by it; the evaluation measures how much"
+        )
+    else:
+        found.append("dynamic scaling is for transformers only: vLLM does not serve it")
+    if told.length > spec.target_length:
+        found.append(f"the factor reaches {told.length} tokens, more than target_length {spec.target_length}")
+    if spec.method == "llama3" and told.original * told.factor < spec.target_length:
+        found.append(
+            f"factor {told.factor:g} divides the lowest frequencies by less than the text grows, as in "
+            "Llama 3.1: it needs training"
+        )
+    if positions.model_type in SWITCHING and spec.method == "longrope":
+        found.append(
+            f"vLLM reads {told.original} tokens unless --max-model-len says more; the long factors are used "
+            "for every prompt then"
+        )
+    if positions.length is not None and told.length < positions.length:
+        found.append(
+            f"the source's config says that it reads {positions.length} tokens: more than the result"
+        )
+    if SLIDING in positions.others:
+        found.append("layers with a sliding window keep their frequencies")
+    return found
