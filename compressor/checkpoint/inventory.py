@@ -55,7 +55,7 @@ def take_inventory(folder: Path) -> Inventory:
     """
     if not folder.is_dir():
         raise CheckpointError("no such folder", where=str(folder), fix="name a checkpoint's folder")
-    config = load_config(_small_file(folder / "config.json"), str(folder / "config.json"))
+    config = read_config(folder)
     first = weight_files([path.name for path in folder.iterdir()], str(folder))
     shards = [first]
     if first == INDEX_NAME:
@@ -75,6 +75,15 @@ def take_inventory(folder: Path) -> Inventory:
         kinds=_kinds(headers),
         quantization=_quantization(config, str(folder / "config.json")),
     )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Contents of the folder's config.json.
+
+    Raises:
+        CheckpointError: missing, too large, or no JSON object.
+    """
+    return load_config(_small_file(folder / "config.json"), str(folder / "config.json"))
 
 
 def _small_file(path: Path) -> bytes:

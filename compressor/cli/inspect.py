@@ -14,12 +14,17 @@ import click
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
 def command(checkpoint: Path, as_json: bool) -> None:
-    """Show what the folder CHECKPOINT holds: tensors, dtypes, bytes, quantization. Reads headers only."""
-    from compressor.checkpoint.inventory import take_inventory
+    """Show what the folder CHECKPOINT holds: tensors, dtypes, bytes, quantization, and what is wrong with its
+    positions. Reads headers only.
+    """
+    from compressor.checkpoint.inventory import read_config, take_inventory
+    from compressor.rope.checked import check_positions
 
     found = take_inventory(checkpoint)
+    findings = check_positions(read_config(checkpoint))
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        positions = [dataclasses.asdict(finding) for finding in findings]
+        click.echo(json.dumps(dataclasses.asdict(found) | {"positions": positions}, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
@@ -49,3 +54,5 @@ def command(checkpoint: Path, as_json: bool) -> None:
     for kind in found.kinds:
         table.add_row(kind.leaf, kind.dtype, f"{kind.tensors:,}", f"{kind.bytes / 1e6:,.2f}")
     console.print(table)
+    for finding in findings:
+        console.print(f"{finding.severity}: positions: {finding.what}", soft_wrap=True)

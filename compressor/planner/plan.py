@@ -41,6 +41,7 @@ from compressor.planner.predict import Prediction, RuleRow, rule_rows
 from compressor.planner.walkable import walk_faults
 from compressor.recipe.load import LoadedRecipe
 from compressor.recipe.mixtures import calibration_spec
+from compressor.rope.checked import check_positions
 from compressor.stages.base import Claim, Shard, needs_data
 from compressor.stages.evaluate import memory_needed
 from compressor.stages.modules import modules_of
@@ -376,6 +377,7 @@ def _warnings(loaded: LoadedRecipe, source: Source, result_bytes: int) -> list[s
             f"the result would be larger than what the source stores: {result_bytes / 1e9:,.1f} GB of "
             f"tensors against {source.stored_bytes / 1e9:,.1f} GB"
         )
+    found += [f"config.json of the source: {finding.what}" for finding in check_positions(source.config)]
     if loaded.recipe.evaluate is None:
         found.append("evaluate is switched off: nothing will be measured, and the report will say so")
     if source.revision and loaded.recipe.model.revision != source.revision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from compressor.errors import CheckpointError
 from compressor.model.families.naming import TEXT_KEYS
@@ -230,12 +230,12 @@ def _length(told: Mapping[str, Any], key: str) -> int | None:
     return int(found)
 
 
-def is_int(found: object, least: int, most: int) -> bool:
+def is_int(found: object, least: int, most: int) -> TypeGuard[int]:
     """Whether it is an integer within bounds, and no truth value."""
     return isinstance(found, int) and not isinstance(found, bool) and least <= found <= most
 
 
-def is_number(found: object) -> bool:
+def is_number(found: object) -> TypeGuard[int | float]:
     """Whether it is a finite number, and no truth value."""
     return isinstance(found, int | float) and not isinstance(found, bool) and abs(found) <= _LARGEST
 

@@ -9,10 +9,11 @@ import copy
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from compressor.errors import UserError
+from compressor.errors import CheckpointError, UserError
 from compressor.rope import methods
+from compressor.rope.checked import check_positions
 from compressor.rope.positions import (
     LONGEST,
     SLIDING,
@@ -23,7 +24,7 @@ from compressor.rope.positions import (
     shown,
 )
 from compressor.rope.refusals import ENGINES, SWITCHING, Engine, family_refusal, instead, method_refusal
-from compressor.rope.spec import ContextSpec, ScaledConfig
+from compressor.rope.spec import ContextSpec, Method, ScaledConfig
 
 # Fields of rope_parameters that describe a scaling: a new one begins without them.
 SCALING_FIELDS = frozenset(
@@ -80,6 +81,11 @@ def scaled_config(
         UserError: what is asked does not fit the model, itself, or an engine.
         CheckpointError: the config has no rotary positions, or none that can be read.
     """
+    if spec.method not in get_args(Method):
+        known = ", ".join(get_args(Method))
+        raise UserError(f"{shown(spec.method)} is none of {known}", where="context.method")
+    if spec.factors is not None and spec.method != "longrope":
+        raise UserError(f"only longrope has factors, not {spec.method}", where="context.factors")
     positions = read_positions(config)
     reason = family_refusal(positions)
     if reason:
@@ -88,6 +94,9 @@ def scaled_config(
     if reason:
         raise UserError(reason, where="context.method", fix=instead(positions, engines))
     original, notes = _original_length(positions, spec)
+    faulty = [finding.what for finding in check_positions(config) if finding.severity == "error"]
+    if faulty:
+        raise CheckpointError("; ".join(faulty), where="config.json", fix="mend the source's positions first")
     factor, length = _reach(spec, original)
     told = _Told(positions, spec, original, factor, length)
     return ScaledConfig(
@@ -291,7 +300,7 @@ def _parameters(told: _Told) -> dict[str, Any]:
     elif spec.method == "longrope":
         new |= _longrope(told)
     if positions.rope_type == spec.method:
-        kept = {key: before[key] for key in _KNOBS.get(spec.method, ()) if before.get(key) is not None}
+        kept = {key: before[key] for key in _KNOBS.get(spec.method, ()) if key in before}
         new |= {key: float(value) if is_int(value, 0, LONGEST) else value for key, value in kept.items()}
     return new
 

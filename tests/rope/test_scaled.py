@@ -280,13 +280,12 @@ def test_a_scaling_made_longer() -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "beta_fast": 64, "truncate": False}
     source = LLAMA | {
         "max_position_embeddings": 32768,
-        "rope_parameters": yarn | {"original_max_position_embeddings": 8192, "beta_slow": None},
+        "rope_parameters": yarn | {"original_max_position_embeddings": 8192},
     }
     result = scaled_config(source, ContextSpec("yarn", 65536))
     parameters: Any = result.config["rope_parameters"]
     assert (parameters["factor"], parameters["original_max_position_embeddings"]) == (8.0, 8192)
     assert (parameters["beta_fast"], parameters["truncate"]) == (64.0, False)
-    assert "beta_slow" not in parameters
     assert "already" in result.notes[0]
 
 
