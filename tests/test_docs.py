@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -14,6 +15,7 @@ from compressor.recipe.calibration import CalibrationSection, DatasetSection
 from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
 from compressor.recipe.model import ModelSection, WorkspaceSection
 from compressor.recipe.polish import PolishSection
+from compressor.rope.spec import Method
 from compressor.schemes import known_schemes
 from compressor.solvers import known_solvers
 
@@ -85,3 +87,13 @@ def test_kv_cache() -> None:
     named = set(re.findall(r"`(\w[\w.]*)`", text))
     between = {f"turboquant_mse_{bits}bit" for bits in (2, 3)} | {"turboquant_prod_3bit"}
     assert set(FORMATS) - between <= named
+
+
+def test_context() -> None:
+    """A row for every method, and the Python that stands there runs."""
+    text = (ROOT / "docs" / "context.md").read_text(encoding="utf-8")
+    assert set(get_args(Method)) <= _rows(text).keys()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "docs/context.md", "exec"), {})

@@ -216,7 +216,7 @@ def _size(text: Mapping[str, Any], key: str) -> int:
     found = text.get(key)
     if not is_int(found, 1, _WIDEST):
         raise unfit(f"{key} is {shown(found)}, not a number of dimensions")
-    return int(found)  # type: ignore[arg-type]
+    return int(found)
 
 
 def _length(told: Mapping[str, Any], key: str) -> int | None:
