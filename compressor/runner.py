@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compressor.budget.gates import check_gates
-from compressor.checkpoint.base import Source
-from compressor.checkpoint.folded import FOLD_NAME, FoldedSource, KvFold
+from compressor.checkpoint.folded import FoldedSource
 from compressor.errors import GateError, UserError
-from compressor.evals.base import EvalResult, EvalSpec
+from compressor.evals.base import EvalResult
 from compressor.export import (
     already_exported,
     describe,
@@ -26,10 +25,13 @@ from compressor.meter import metered
 from compressor.model.aliases import linear_aliases
 from compressor.model.load import check_known
 from compressor.planner.calibrated import walk_key
+from compressor.planner.evaluated import measured_content
+from compressor.planner.keys import stream_key
 from compressor.planner.kv_result import kv_facts
 from compressor.planner.oneshot import oneshot_key
-from compressor.planner.plan import Plan, stream_key
+from compressor.planner.plan import Plan
 from compressor.planner.polished import polish_key
+from compressor.planner.staged import base_source, weights_source
 from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
 from compressor.recipe.mixtures import seen_from
@@ -38,6 +40,7 @@ from compressor.report.kv import KvFacts
 from compressor.report.manifest import Manifest, write_manifest
 from compressor.report.model import Report, StageCost, load_report
 from compressor.stages.assemble import assemble
+from compressor.stages.context import context_stage
 from compressor.stages.evaluate import check_tokens, evaluate_stage, measure, reload
 from compressor.stages.kv import kv_stage
 from compressor.stages.kv_export import result_names
@@ -48,7 +51,7 @@ from compressor.stages.stream import stream
 from compressor.stages.walk import walk_stage
 from compressor.stages.walked import WalkedTensors
 from compressor.summary import package_versions, summarize
-from compressor.workspace import file_sha256, stage_key
+from compressor.workspace import stage_key
 
 ASSEMBLE_VERSION = 1
 EVALUATE_VERSION = 2
@@ -138,13 +141,14 @@ def _placed(plan: Plan) -> Iterator[None]:
 
 def _check_early(plan: Plan) -> None:
     """Refuses, before anything is spent, what cannot be loaded or walked, and a text that is too short."""
-    linear_aliases(plan.source)  # the config names them, when all else is done
+    source = plan.configured
+    linear_aliases(source)  # the config names them, when all else is done
     if plan.walk is not None:
         from compressor.model.tape import check_walkable
 
-        check_walkable(plan.source)
+        check_walkable(source)
     if plan.oneshot is not None:
-        check_oneshot(plan.source, plan.claims)
+        check_oneshot(source, plan.claims)
     if plan.evaluation is not None:
         check_tokens(plan.source, plan.evaluation, plan.workspace)
 
@@ -181,16 +185,18 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     second = stage_key("assemble", ASSEMBLE_VERSION, {}, needs)
     streamed, checkpoint = space.artefact("stream", first), space.artefact("assemble", second)
     spec = plan.evaluation
-    third = stage_key("evaluate", EVALUATE_VERSION, _measured(plan.evaluation), [second])
+    third = stage_key("evaluate", EVALUATE_VERSION, measured_content(plan.evaluation), [second])
 
     def run_stream(folder: Path) -> Mapping[str, Any]:
         walked = None if found is None else WalkedTensors(found)
         shards, dialect, evict = plan.shards, plan.dialect, plan.evicts
-        return {"resumed": stream(_weights(plan), shards, dialect, folder, progress, walked, evict=evict)}
+        return {
+            "resumed": stream(weights_source(plan), shards, dialect, folder, progress, walked, evict=evict)
+        }
 
     def run_assemble(folder: Path) -> Mapping[str, Any]:
         heard = None if kv is None else space.artefact(kv.name, kv.key)
-        assemble(plan.source, plan.shards, plan.dialect, streamed, folder, heard)
+        assemble(base_source(plan), plan.shards, plan.dialect, streamed, folder, heard)
         return {}
 
     def run_evaluate(folder: Path) -> Mapping[str, Any]:
@@ -198,7 +204,7 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
         most = bounds.max_memory_bytes if bounds is not None else None
         return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress, most)
 
-    before = [] if kv is None else [kv]
+    before = [stage for stage in (_context(plan, progress), kv) if stage is not None]
     stages = [
         _Stage("stream", first, run_stream),
         _Stage("assemble", second, run_assemble),
@@ -211,10 +217,22 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
 
     def run_walk(folder: Path) -> Mapping[str, Any]:
         shown, how, evict = walk.calibration, walk.walk, plan.evicts
-        return walk_stage(_weights(plan), plan.claims, shown, how, folder, progress, evict=evict)
+        return walk_stage(weights_source(plan), plan.claims, shown, how, folder, progress, evict=evict)
 
     walked = [*before, _Stage("walk", zeroth, run_walk)]
     return [*walked, *stages] if polish is None else [*walked, polish, *stages]
+
+
+def _context(plan: Plan, progress: Progress) -> _Stage | None:
+    """The first stage, where positions are scaled."""
+    planned = plan.context
+    if planned is None:
+        return None
+
+    def run_context(folder: Path) -> Mapping[str, Any]:
+        return context_stage(plan.source, planned.job, folder, progress)
+
+    return _Stage("context", planned.key(plan.source.fingerprint), run_context)
 
 
 def _kv(plan: Plan, progress: Progress) -> _Stage | None:
@@ -224,38 +242,19 @@ def _kv(plan: Plan, progress: Progress) -> _Stage | None:
         return None
 
     def run_kv(folder: Path) -> Mapping[str, Any]:
-        return kv_stage(plan.source, planned.job, planned.calibration, folder, progress)
+        return kv_stage(base_source(plan), planned.job, planned.calibration, folder, progress)
 
-    return _Stage("kv", planned.key(plan.source.fingerprint), run_kv)
-
-
-def _weights(plan: Plan) -> Source:
-    """What weights are read from: the source, or the source as the finished stage ``kv`` has folded it."""
-    stage = plan.kv_stage
-    if stage is None or not stage.job.folds:
-        return plan.source
-    folder = plan.workspace.artefact("kv", stage.key(plan.source.fingerprint))
-    return FoldedSource(plan.source, KvFold.read(folder)) if (folder / FOLD_NAME).is_file() else plan.source
+    return _Stage("kv", planned.key(plan.base_source), run_kv)
 
 
 def _kv_facts(plan: Plan, folder: Path | None, shown: Mapping[str, Any]) -> KvFacts | None:
     """The report's part on the KV cache."""
     if folder is None:
         return None
-    weights = _weights(plan)
+    weights = weights_source(plan)
     changed = weights.changed if isinstance(weights, FoldedSource) else ()
     quality = (shown["evaluate"]["evaluation"] or {}).get("kv", ())
     return kv_facts(plan, folder, shown["kv"]["kv"], quality, changed)
-
-
-def _measured(spec: EvalSpec | None) -> dict[str, Any]:
-    """What an evaluation's figures depend on: the text's content, not where it lies or how it was named."""
-    if spec is None:
-        return {}
-    facts = {
-        name: value for name, value in asdict(spec).items() if name not in ("text_label", "text_is_shipped")
-    }
-    return facts | {"text": file_sha256(spec.text)}
 
 
 def _oneshot(plan: Plan, progress: Progress) -> _Stage | None:
@@ -265,9 +264,9 @@ def _oneshot(plan: Plan, progress: Progress) -> _Stage | None:
         return None
 
     def run_oneshot(folder: Path) -> Mapping[str, Any]:
-        return oneshot_stage(plan.source, plan.claims, oneshot.calibration, folder, progress)
+        return oneshot_stage(base_source(plan), plan.claims, oneshot.calibration, folder, progress)
 
-    return _Stage("oneshot", oneshot_key(oneshot, plan.claims, plan.source.fingerprint), run_oneshot)
+    return _Stage("oneshot", oneshot_key(oneshot, plan.claims, plan.base_source), run_oneshot)
 
 
 def _polish(plan: Plan, walked: str, progress: Progress) -> _Stage:
@@ -278,7 +277,7 @@ def _polish(plan: Plan, walked: str, progress: Progress) -> _Stage:
 
     def run_polish(folder: Path) -> Mapping[str, Any]:
         artefact = plan.workspace.artefact("walk", walked)
-        return polish_stage(_weights(plan), plan.claims, calibration, spec, artefact, folder, progress)
+        return polish_stage(weights_source(plan), plan.claims, calibration, spec, artefact, folder, progress)
 
     return _Stage("polish", polish_key(plan.polish, walked), run_polish)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 from compressor import data
 from compressor.budget.gates import check_gate_metric
@@ -11,6 +13,7 @@ from compressor.evals.base import SHIPPED_TASKS, EvalSpec
 from compressor.planner.faults import collect
 from compressor.planner.places import check_text
 from compressor.recipe.load import LoadedRecipe
+from compressor.workspace import file_sha256
 
 
 def evaluation_spec(loaded: LoadedRecipe, longest: int | None) -> EvalSpec | None:
@@ -57,3 +60,13 @@ def evaluation_spec(loaded: LoadedRecipe, longest: int | None) -> EvalSpec | Non
         seed=loaded.recipe.seed,
         text_is_shipped=text.is_relative_to(data.shipped_root() / "calibration"),
     )
+
+
+def measured_content(spec: EvalSpec | None) -> dict[str, Any]:
+    """What an evaluation's figures depend on: the text's content, not where it lies or how it was named."""
+    if spec is None:
+        return {}
+    facts = {
+        name: value for name, value in asdict(spec).items() if name not in ("text_label", "text_is_shipped")
+    }
+    return facts | {"text": file_sha256(spec.text)}

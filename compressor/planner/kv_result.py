@@ -41,9 +41,9 @@ def kv_facts(
     assert plan.kv is not None
     assert plan.kv_stage is not None
     chosen = KvPlan.read(folder)
-    layers, _ = kv_layers(plan.source.config)
+    layers, _ = kv_layers(plan.configured.config)
     section = plan.loaded.recipe.kv_cache
-    points = kv_points(plan.source.config, section.contexts, section.users) if section else []
+    points = kv_points(plan.configured.config, section.contexts, section.users) if section else []
     servable = plan.kv.servable
     formats = {
         index: FORMATS[layer.format] for index, layer in chosen.layers.items() if layer.format in FORMATS
@@ -63,7 +63,7 @@ def kv_facts(
         formats=dict(Counter(layer.format for layer in chosen.layers.values())),
         tier=plan.kv.spec.tier,
         servable=servable,
-        flags=launch_flags(layers, plan.source.config, formats) if servable else "",
+        flags=launch_flags(layers, plan.configured.config, formats) if servable else "",
         bytes_per_token_before=sum(layer.plain_bytes for layer in chosen.layers.values()),
         bytes_per_token=chosen.token_bytes,
         bits=chosen.bits if chosen.layers else 16.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from compressor import data
@@ -21,11 +21,13 @@ from compressor.errors import PlanError, UserError
 from compressor.evals.base import EvalSpec
 from compressor.model.families import family_for
 from compressor.planner.bounds import Parts, predict_bounded
-from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers, unmeasured, walk_key
+from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers, unmeasured
 from compressor.planner.claims import claim_tensors
+from compressor.planner.context import ContextPlan, configured_source, context_key, plan_context
 from compressor.planner.evaluated import evaluation_spec
 from compressor.planner.faults import collect
 from compressor.planner.kept import kept_faults
+from compressor.planner.keys import own_stages
 from compressor.planner.kv_bytes import full_context
 from compressor.planner.kv_choice import KvOption
 from compressor.planner.kv_job import KvStage, kv_weights_source, plan_kv_stage
@@ -33,10 +35,10 @@ from compressor.planner.kv_planned import KvPlanned, plan_kv, section_options
 from compressor.planner.layout import group_units, pack_shards
 from compressor.planner.learned import learned_on_one_row, learned_twice
 from compressor.planner.made import as_made
-from compressor.planner.oneshot import OneshotPlan, oneshot_faults, oneshot_key, plan_oneshot
+from compressor.planner.oneshot import OneshotPlan, oneshot_faults, plan_oneshot
 from compressor.planner.pictured import image_faults
 from compressor.planner.places import check_disk, check_places
-from compressor.planner.polished import PolishPlan, check_polish, plan_polish, polish_key
+from compressor.planner.polished import PolishPlan, check_polish, plan_polish
 from compressor.planner.predict import Prediction, RuleRow, rule_rows
 from compressor.planner.walkable import walk_faults
 from compressor.recipe.load import LoadedRecipe
@@ -45,9 +47,7 @@ from compressor.rope.checked import check_positions
 from compressor.stages.base import Claim, Shard, needs_data
 from compressor.stages.evaluate import memory_needed
 from compressor.stages.modules import modules_of
-from compressor.workspace import Workspace, stage_key
-
-STREAM_VERSION = 1
+from compressor.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Plan:
 
     Attributes:
         loaded: the resolved recipe and where it came from.
-        source: the opened source (headers only so far).
+        source: the opened source (headers only so far), as it was given.
+        context: how its positions are scaled before anything else, or None where they stay.
         family: the family's name, and what the fallback inferred ("" for named families).
         claims: one for each source tensor.
         dialect: how the result is spelled.
@@ -80,6 +81,7 @@ class Plan:
 
     loaded: LoadedRecipe
     source: Source
+    context: ContextPlan | None
     family: str
     inferred: str
     claims: tuple[Claim, ...]
@@ -102,9 +104,19 @@ class Plan:
     evicts: bool = False
 
     @property
+    def configured(self) -> Source:
+        """The source as stages will read it: under the planned config, where its positions are scaled."""
+        return configured_source(self.context, self.source)
+
+    @property
+    def base_source(self) -> str:
+        """Content key of what the stages before the weights read: the source, or the reconfigured one."""
+        return context_key(self.context, self.source.fingerprint)
+
+    @property
     def weights_source(self) -> str:
-        """Content key of what weights are read from: the source, or the source once it is folded."""
-        return kv_weights_source(self.kv_stage, self.source.fingerprint)
+        """Content key of what weights are read from: the same, or the same once it is folded."""
+        return kv_weights_source(self.kv_stage, self.base_source)
 
     @property
     def reload_rss_bytes(self) -> int:
@@ -139,17 +151,12 @@ def make_plan(
     output = (output or Path("out") / recipe.name).resolve()
     space = Workspace((workspace or output.parent / ".compress-workspace").resolve())
     faults: list[UserError] = []
-    source = _open(loaded, space, faults, planning=planning, allow_code=allow_code)
+    given = _open(loaded, space, faults, planning=planning, allow_code=allow_code)
+    context = _context(loaded, given, faults)
+    source = configured_source(context, given)
     evaluation = collect(faults, lambda: evaluation_spec(loaded, full_context(source.config)))
-    family = family_for(source.config)
-    dialect = DIALECTS[recipe.export.format]
-    kept = source.kept if isinstance(source, KeptSource) else {}
-    claims = collect(
-        faults, lambda: claim_tensors(source.headers, source.config, family, recipe.weights, dialect, kept)
-    )
-    if claims is None or faults:
-        raise PlanError(_placed(faults, loaded))
-    claims, warnings = settle_solvers(claims)
+    family, dialect = family_for(source.config), DIALECTS[recipe.export.format]
+    claims, warnings = settle_solvers(_claims(loaded, given, source, dialect, faults))
     faults += _solving_faults(claims, source, dialect, polished=recipe.weights.polish is not None)
     kv = None if recipe.kv_cache is None else plan_kv(recipe.kv_cache, source.config, faults, warnings)
     calibration = _calibration(loaded, source, claims, evaluation, kv, faults, warnings, planning)
@@ -160,12 +167,13 @@ def make_plan(
     shards = tuple(pack_shards(group_units(claims), recipe.export.max_shard_bytes))
     parts = Parts(evaluation, walk, oneshot, polish, kv_stage)
     prediction, evicts = predict_bounded(recipe.workspace, source, claims, shards, parts, faults, warnings)
-    warnings[:0] = _warnings(loaded, source, prediction.result_bytes)
+    warnings[:0] = _warnings(loaded, given, prediction.result_bytes)
     warnings += dialect.warnings(modules_of(source, claims))
     check_places(output, space.root, source.model_dir() if source.revision is None else None, faults)
     plan = Plan(
         loaded=loaded,
-        source=source,
+        source=given,
+        context=context,
         family=family.name,
         inferred=family.inferred,
         claims=tuple(claims),
@@ -188,7 +196,7 @@ def make_plan(
         evicts=evicts,
     )
     if not planning:
-        check_disk(prediction, source, output, space, _own_stages(plan), faults)
+        check_disk(prediction, source, output, space, own_stages(plan), faults)
     if faults:
         raise PlanError(_placed(faults, loaded))
     return plan
@@ -210,6 +218,37 @@ def _open(
         from_=model.from_,
     )
     return as_made(loaded.recipe, source, faults, planning=planning, allow_code=allow_code)
+
+
+def _context(loaded: LoadedRecipe, source: Source, faults: list[UserError]) -> ContextPlan | None:
+    """How positions are scaled, if so; adds to ``faults`` why they cannot be."""
+    section = loaded.recipe.context
+    return None if section is None else collect(faults, lambda: plan_context(section, source))
+
+
+def _claims(
+    loaded: LoadedRecipe, given: Source, source: Source, dialect: Dialect, faults: list[UserError]
+) -> list[Claim]:
+    """The claims on a source.
+
+    Args:
+        loaded: the recipe.
+        given: the source as it was opened, which knows what it keeps.
+        source: as stages read it.
+        dialect: how the result is spelled.
+        faults: found so far.
+
+    Raises:
+        PlanError: there are faults: nothing more can be planned.
+    """
+    kept = given.kept if isinstance(given, KeptSource) else {}
+    family, weights = family_for(source.config), loaded.recipe.weights
+    claims = collect(
+        faults, lambda: claim_tensors(source.headers, source.config, family, weights, dialect, kept)
+    )
+    if claims is None or faults:
+        raise PlanError(_placed(faults, loaded))
+    return claims
 
 
 def _solving_faults(
@@ -324,42 +363,6 @@ def _kv_stage(
     if stage.walk is not None and not any(needs_data(claim) for claim in claims):
         faults += walk_faults(claims, source.config, source.label)
     return stage
-
-
-def _own_stages(plan: Plan) -> set[str]:
-    """Folders of the workspace that the plan's large artefacts are in, finished or not."""
-    walk, source = plan.walk, plan.weights_source
-    walked = set() if walk is None else {f"walk-{walk_key(walk, plan.claims, source)}"}
-    return walked | {f"stream-{stream_key(plan)}"}
-
-
-def stream_key(plan: Plan) -> str:
-    """Content key of the weights stage: the source and every claim, not the recipe's spelling of them."""
-    spec = {
-        "claims": [
-            [
-                claim.tensor.name,
-                claim.action,
-                claim.scheme.model_dump(mode="json") if claim.scheme else None,
-                claim.solver.model_dump(mode="json") if claim.solver else None,
-                asdict(claim.role),
-                [[output.name, output.dtype, output.shape] for output in claim.outputs],
-            ]
-            for claim in plan.claims
-        ],
-        "shards": [len(shard.units) for shard in plan.shards],
-        "seed": plan.loaded.recipe.seed,
-    }
-    if plan.dialect.name != "compressed-tensors":
-        # Left out for the first dialect: its stages from before there were others stay valid.
-        spec["dialect"] = plan.dialect.name
-    needs = [plan.weights_source]
-    if plan.oneshot is not None:
-        needs.append(oneshot_key(plan.oneshot, plan.claims, plan.source.fingerprint))
-    if plan.walk is not None:
-        walked = walk_key(plan.walk, plan.claims, plan.weights_source)
-        needs.append(walked if plan.polish is None else polish_key(plan.polish, walked))
-    return stage_key("stream", STREAM_VERSION, spec, needs)
 
 
 def _placed(faults: list[UserError], loaded: LoadedRecipe) -> list[UserError]:

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_v
 
 from compressor.dialects.base import DialectName
 from compressor.recipe.calibration import CalibrationSection
+from compressor.recipe.context import ContextSection
 from compressor.recipe.fields import (
     Bytes,
     Count,
@@ -38,7 +39,6 @@ from compressor.solvers import SolverField, parse_solver
 
 # Keys that the language reserves and that no stage serves yet: path in the recipe -> how faults name it.
 RESERVED: dict[tuple[str, ...], str] = {
-    ("context",): "section 'context'",
     ("adapters",): "section 'adapters'",
     ("drafts",): "section 'drafts'",
     ("publish",): "section 'publish'",
@@ -255,6 +255,11 @@ class Recipe(Section):
     weights: WeightsSection
     # These are left out of what is written where nothing was said: recipes from before they existed stay the
     # same bytes.
+    context: ContextSection | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="How far the result is to read; by default as far as its source.",
+    )
     kv_cache: KvCacheSection | None = Field(
         default=None,
         exclude_if=is_none,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source, let_go
 from compressor.checkpoint.kept import KeptSource
+from compressor.checkpoint.reconfigured import ReconfiguredSource
 from compressor.checkpoint.safetensors_writer import ShardWriter, shard_names
 from compressor.dialects.base import Dialect
 from compressor.errors import CheckpointError
@@ -199,6 +200,8 @@ def _read_whole(source: Source, claim: Claim) -> list[torch.Tensor]:
     """The tensor, or, where it is kept, what the source stores for it in the order of the outputs."""
     if claim.kept is None:
         return [source.read(claim.tensor.name)]
+    while isinstance(source, ReconfiguredSource):
+        source = source.inner
     assert isinstance(source, KeptSource), "only such a source has anything to keep"
     return list(source.stored(claim.tensor.name).values())
 

@@ -1,0 +1,29 @@
+"""The sources that a plan's finished stages have made of the one that was given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compressor.checkpoint.base import Source
+from compressor.checkpoint.folded import FOLD_NAME, FoldedSource, KvFold
+from compressor.stages.context import reconfigured
+
+if TYPE_CHECKING:
+    from compressor.planner.plan import Plan
+
+
+def base_source(plan: Plan) -> Source:
+    """What the stages before the weights read, once ``context`` is finished: the source under its config."""
+    if plan.context is None:
+        return plan.source
+    key = plan.context.key(plan.source.fingerprint)
+    return reconfigured(plan.source, plan.workspace.artefact("context", key))
+
+
+def weights_source(plan: Plan) -> Source:
+    """What weights are read from: the same, or the same as the finished stage ``kv`` has folded it."""
+    base, stage = base_source(plan), plan.kv_stage
+    if stage is None or not stage.job.folds:
+        return base
+    folder = plan.workspace.artefact("kv", stage.key(plan.base_source))
+    return FoldedSource(base, KvFold.read(folder)) if (folder / FOLD_NAME).is_file() else base
