@@ -31,7 +31,7 @@ from compressor.planner.kv_result import kv_facts
 from compressor.planner.oneshot import oneshot_key
 from compressor.planner.plan import Plan
 from compressor.planner.polished import polish_key
-from compressor.planner.staged import base_source, weights_source
+from compressor.planner.staged import base_source, scaled_source, weights_source
 from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
 from compressor.recipe.mixtures import seen_from
@@ -202,7 +202,9 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     def run_evaluate(folder: Path) -> Mapping[str, Any]:
         bounds = plan.loaded.recipe.workspace
         most = bounds.max_memory_bytes if bounds is not None else None
-        return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress, most)
+        apart = plan.context is not None and plan.context.measured_tokens
+        scaled = scaled_source(plan) if apart else None
+        return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress, most, scaled)
 
     before = [stage for stage in (_context(plan, progress), kv) if stage is not None]
     stages = [

@@ -40,6 +40,7 @@ def command(
             "note": plan.source.note,
             "revision": plan.source.revision,
         },
+        "context_scaling": plan.context and plan.context.to_json(),
         "family": plan.family,
         "inferred": plan.inferred,
         "rules": [dataclasses.asdict(row) for row in plan.rows],

@@ -16,7 +16,7 @@ from compressor.planner.polished import PolishPlan
 from compressor.planner.predict import Prediction
 
 _NARROW = 80
-_TITLE_WIDTH = 6
+_TITLE_WIDTH = 7
 # "weights.rules.0" in one piece.
 _RULE_WIDTH = 15
 
@@ -27,6 +27,8 @@ def print_plan(plan: Plan) -> None:
     console.print(Text(plan.loaded.recipe.name, style="bold"))
     console.print(_titled("source", plan.source.label, plan.source.note))
     console.print(_titled("family", f"{plan.family}{': ' + plan.inferred if plan.inferred else ''}"))
+    if plan.context is not None:
+        console.print(_titled("context", *plan.context.described()))
     console.print()
     console.print(_rules(plan, narrow=console.width < _NARROW))
     console.print(_sizes(plan.prediction))

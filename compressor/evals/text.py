@@ -14,6 +14,7 @@ from compressor.evals.base import TextResult
 from compressor.evals.head import LogitsAt, logits_at, plain_head
 from compressor.evals.windows import Window, check_finite, split_windows, summary
 from compressor.model.quiet import quiet
+from compressor.model.reach import reach
 
 if TYPE_CHECKING:
     import torch
@@ -52,13 +53,13 @@ def compare_on_text(
         seed: of the bootstrap interval.
 
     Raises:
-        UserError: fewer than two tokens in a window, or more than a model's positions.
+        UserError: fewer than two tokens in a window, or more than the result's positions.
         CheckpointError: the vocabularies differ, or a model's logits are NaN or infinite.
     """
 
     _check_pair(source_model, result_model)
-    for model in (source_model, result_model):
-        check_context(model, context)
+    # The result may be made to read further than its source.
+    check_context(result_model, context)
     windows = split_windows(ids_T, context, first)
     tokens = sum(map(len, windows)) - len(windows) * (first is not None)
     plain = (plain_head(source_model, ids_T), plain_head(result_model, ids_T))
@@ -105,7 +106,7 @@ def check_context(model: PreTrainedModel, context: int) -> None:
     """
     if context < 2:
         raise UserError(f"a window of {context} token(s) scores nothing", fix="use a context of 2 or more")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = reach(model.config.get_text_config().to_dict())
     if longest is not None and context > longest:
         raise UserError(f"a context of {context} tokens is longer than the model's {longest}")
 

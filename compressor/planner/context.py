@@ -1,16 +1,20 @@
-"""What the recipe's ``context`` section adds to a plan: the scaled config, its source, and its key."""
+"""What the recipe's ``context`` section adds to a plan: the scaled config, its source, its key, its words."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.made_by import FactorySource
 from compressor.checkpoint.reconfigured import ReconfiguredSource
 from compressor.errors import UserError
-from compressor.planner.kv_bytes import full_context
+from compressor.evals.base import EvalSpec
 from compressor.recipe.context import ContextSection
+from compressor.rope.positions import read_positions
 from compressor.rope.scaled import scaled_config
+from compressor.stages.base import Claim
 from compressor.stages.context import ContextJob
 from compressor.workspace import stage_key
 
@@ -23,11 +27,14 @@ class ContextPlan:
 
     Attributes:
         job: what it is told.
-        original_length: tokens that the source reads.
+        original_length: tokens that the source was trained at.
+        measured_tokens: on which the evaluation will tell what scaling alone costs, or 0 where nothing else
+            is changed, or nothing measured.
     """
 
     job: ContextJob
-    original_length: int | None
+    original_length: int
+    measured_tokens: int = 0
 
     def source(self, source: Source) -> ReconfiguredSource:
         """The source under the config that is planned."""
@@ -38,12 +45,48 @@ class ContextPlan:
         """Content key; ``source`` is the source's."""
         return stage_key("context", CONTEXT_VERSION, self.job.content, [source])
 
+    def described(self) -> tuple[str, ...]:
+        """Lines for people."""
+        scaled, spec = self.job.scaled, self.job.spec
+        smallest = " (the smallest that reaches it)" if self.is_smallest else ""
+        lines = [
+            f"{self.original_length:,} -> {scaled.length:,} tokens, {spec.method}, factor "
+            f"{scaled.factor:g}{smallest}",
+            *scaled.notes,
+        ]
+        if self.measured_tokens:
+            lines.append(
+                f"what scaling alone costs is measured on {self.measured_tokens:,} tokens in windows of "
+                "evaluate.context: the source twice more, in 16 bit"
+            )
+        return tuple(lines)
+
+    @property
+    def is_smallest(self) -> bool:
+        """Whether a smaller factor would not reach as far as was asked."""
+        return self.job.scaled.length <= self.job.spec.target_length
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able, for ``compress plan --json``."""
+        scaled, spec = self.job.scaled, self.job.spec
+        return {
+            "method": spec.method,
+            "original_length": self.original_length,
+            "target_length": spec.target_length,
+            "length": scaled.length,
+            "factor": scaled.factor,
+            "is_smallest_factor": self.is_smallest,
+            "measured_tokens": self.measured_tokens,
+            "notes": list(scaled.notes),
+        }
+
 
 def plan_context(section: ContextSection, source: Source) -> ContextPlan:
     """The section against the source.
 
     Raises:
         UserError: its positions cannot be scaled so.
+        CheckpointError: its config has no rotary positions.
     """
     if isinstance(source, FactorySource):
         raise UserError(
@@ -53,7 +96,10 @@ def plan_context(section: ContextSection, source: Source) -> ContextPlan:
         )
     spec = section.spec()
     scaled = scaled_config(source.config, spec)
-    original = spec.original_length or full_context(source.config)
+    positions = read_positions(source.config)
+    stated = positions.length if positions.rope_type == "default" else positions.original_length
+    original = spec.original_length or stated
+    assert original is not None, "scaled_config refuses a length that nobody tells"
     return ContextPlan(ContextJob(spec, scaled), original)
 
 
@@ -65,3 +111,39 @@ def configured_source(context: ContextPlan | None, source: Source) -> Source:
 def context_key(context: ContextPlan | None, fingerprint: str) -> str:
     """Content key of the same."""
     return fingerprint if context is None else context.key(fingerprint)
+
+
+def settled_context(
+    context: ContextPlan | None,
+    claims: Sequence[Claim],
+    evaluation: EvalSpec | None,
+    warnings: list[str],
+    *,
+    changed: bool,
+) -> ContextPlan | None:
+    """The stage once all is planned; adds to ``warnings`` what is to be known before hours are spent.
+
+    ``changed``: whether weights change otherwise than by their schemes.
+    """
+    if context is None:
+        return None
+    scaled, target = context.job.scaled, context.job.spec.target_length
+    if not context.is_smallest:
+        warnings.append(
+            f"context.factor {scaled.factor:g} reaches {scaled.length:,} tokens; {target:,} need "
+            f"{target / context.original_length:g}, and larger factors cost short prompts more"
+        )
+    if evaluation is None:
+        return context
+    if evaluation.context > context.original_length:
+        warnings.append(
+            f"evaluate.context of {evaluation.context:,} is beyond the {context.original_length:,} tokens "
+            "that the source was trained at: there it tells nothing of what short prompts lose"
+        )
+    changed = changed or any(map(_is_changed, claims))
+    return replace(context, measured_tokens=(evaluation.tokens or 0) if changed else 0)
+
+
+def _is_changed(claim: Claim) -> bool:
+    narrowed = any(output.dtype != claim.tensor.dtype for output in claim.outputs)
+    return claim.scheme is not None or claim.kept is not None or narrowed

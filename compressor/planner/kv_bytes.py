@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressor.model.families import text_config
+from compressor.model.reach import reach
 from compressor.planner.kv_architectures import (
     ARCHITECTURES,
     REFUSED,
@@ -21,7 +22,6 @@ from compressor.planner.kv_architectures import (
     CannotTell,
     Config,
     config_int,
-    is_int,
     layer_kinds,
     shown,
 )
@@ -153,9 +153,8 @@ def _known(config: dict[str, Any]) -> tuple[Config, Architecture]:
 
 
 def full_context(config: dict[str, Any]) -> int | None:
-    """``max_position_embeddings`` of the language model, in tokens, or None where the config has none."""
-    found = text_config(config).get("max_position_embeddings")
-    return found if is_int(found, least=1) else None
+    """Tokens that the language model reads, or None where the config does not say (``reach``)."""
+    return reach(text_config(config))
 
 
 def _parts(config: Config, architecture: Architecture, bits: int) -> list[KvPart]:

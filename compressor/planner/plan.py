@@ -23,7 +23,13 @@ from compressor.model.families import family_for
 from compressor.planner.bounds import Parts, predict_bounded
 from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers, unmeasured
 from compressor.planner.claims import claim_tensors
-from compressor.planner.context import ContextPlan, configured_source, context_key, plan_context
+from compressor.planner.context import (
+    ContextPlan,
+    configured_source,
+    context_key,
+    plan_context,
+    settled_context,
+)
 from compressor.planner.evaluated import evaluation_spec
 from compressor.planner.faults import collect
 from compressor.planner.kept import kept_faults
@@ -164,6 +170,8 @@ def make_plan(
     walk = None if oneshot is not None else _walk(loaded, source, calibration, claims, faults, warnings)
     polish = None if walk is None else _polish(loaded, source, walk, claims, faults, warnings)
     kv_stage = _kv_stage(loaded, source, claims, kv, calibration, dialect, oneshot is not None, faults)
+    folds = kv_stage is not None and kv_stage.job.folds
+    context = settled_context(context, claims, evaluation, warnings, changed=folds)
     shards = tuple(pack_shards(group_units(claims), recipe.export.max_shard_bytes))
     parts = Parts(evaluation, walk, oneshot, polish, kv_stage)
     prediction, evicts = predict_bounded(recipe.workspace, source, claims, shards, parts, faults, warnings)

@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 
 def base_source(plan: Plan) -> Source:
     """What the stages before the weights read, once ``context`` is finished: the source under its config."""
+    return scaled_source(plan) or plan.source
+
+
+def scaled_source(plan: Plan) -> Source | None:
+    """The source as it was given but for its config, which stage ``context`` has written; None without."""
     if plan.context is None:
-        return plan.source
+        return None
     key = plan.context.key(plan.source.fingerprint)
     return reconfigured(plan.source, plan.workspace.artefact("context", key))
 

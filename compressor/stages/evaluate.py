@@ -16,6 +16,7 @@ from compressor.evals.base import EvalResult, EvalSpec
 from compressor.model.quiet import quiet
 from compressor.progress import Progress
 from compressor.stages.base import Claim
+from compressor.stages.context_cost import scaling_cost
 from compressor.stages.kv_evaluate import PLAN, kv_variants, plan_modes, with_kv
 from compressor.stages.simulated import simulate_activations
 from compressor.stages.tokens import source_tokenizer
@@ -42,10 +43,12 @@ def evaluate_stage(
     spec: EvalSpec | None,
     progress: Progress,
     most_bytes: int | None = None,
+    scaled: Source | None = None,
 ) -> dict[str, Any]:
     """Facts for the report: ``evaluation`` (or None), ``gate_values``, and how the checkpoint was reloaded.
 
-    ``most_bytes``: of memory, where not all that is free may be taken.
+    ``most_bytes``: of memory, where not all that is free may be taken. ``scaled``: the source with its
+    positions scaled, to be measured as well (``scaling_cost``).
 
     Raises:
         CheckpointError: transformers cannot load the result, or it computes NaN.
@@ -68,11 +71,15 @@ def evaluate_stage(
     if spec is None:
         return {"evaluation": None, "gate_values": {}, "reloaded": result.via}
     measured = measure(source, checkpoint, result, spec, progress)
-    return {
+    facts = {
         "evaluation": measured.to_json(),
         "gate_values": gate_values(measured),
         "reloaded": measured.loaded_via,
     }
+    if scaled is None:
+        return facts
+    del result  # two models are in memory at once, never three
+    return facts | {"scaling": scaling_cost(source, scaled, checkpoint, spec, progress)}
 
 
 def check_tokens(source: Source, spec: EvalSpec, space: Workspace) -> None:
