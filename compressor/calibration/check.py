@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 from pathlib import Path
 
 from compressor.calibration.formats import is_json_lines
 from compressor.calibration.spec import CalibrationSpec, DatasetSpec
+from compressor.data import scan_text, text_bytes
 from compressor.errors import UserError
-from compressor.workspace import file_sha256
 
-_CHUNK_BYTES = 8 << 20
 _FIX = "name a text or .jsonl file that you may read"
 
 
 def text_sha256(path: Path) -> str:
-    """Hex sha256 of a text, which is read through once.
+    """Hex sha256 of a text, which is read through once; of one packed by xz that of what it unpacks to.
 
     Raises:
         UserError: it is no ordinary file, of a format that is not read, empty, unreadable or not UTF-8.
@@ -24,26 +21,10 @@ def text_sha256(path: Path) -> str:
     if not path.is_file():
         raise UserError("the calibration text is not a file", where=str(path), fix=_FIX)
     is_json_lines(path)  # refuses other formats
-    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
-    position = 0
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                decoder.decode(chunk)
-                position += len(chunk)
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        # Counted from what the decoder had held back of the chunk before.
-        begin = position - (len(error.object) - len(chunk))
-        what = f"not UTF-8 text (byte {begin + error.start})"
-        raise UserError(what, where=str(path), fix="convert it, with iconv for example") from error
-    except OSError as error:
-        what = f"the text cannot be read: {error.strerror}"
-        raise UserError(what, where=str(path), fix=_FIX) from error
-    if position == 0:
+    sha256, size = scan_text(path)
+    if size == 0:
         raise UserError("the calibration text is empty", where=str(path), fix=_FIX)
-    return digest.hexdigest()
+    return sha256
 
 
 def check_calibration(
@@ -68,7 +49,7 @@ def check_calibration(
                 fix=f"set it to {longest} at most",
             )
         )
-    held_out = file_sha256(evaluation_text) if evaluation_text is not None else None
+    held_out = scan_text(evaluation_text)[0] if evaluation_text is not None else None
     for index, (dataset, share) in enumerate(zip(spec.datasets, spec.shares, strict=True)):
         where = spec.place(index)
         if dataset.sha256 is not None and dataset.sha256 == held_out:
@@ -87,7 +68,7 @@ def check_calibration(
 
 def _too_small(dataset: DatasetSpec, tokens: int, where: str) -> list[UserError]:
     """A fault where a file has not even half a byte for each token; the tokenizer counts exactly, later."""
-    if dataset.path is None or tokens <= 2 * (size := dataset.path.stat().st_size):
+    if dataset.path is None or tokens <= 2 * (size := text_bytes(dataset.path)):
         return []
     what = f"{dataset.name} has {size:,} bytes; its share of the calibration is {tokens:,} tokens"
     fix = "lower num_samples or sequence_length, or name more text"

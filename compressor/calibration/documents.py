@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from compressor import data
 from compressor.calibration.formats import is_json_lines
 from compressor.calibration.spec import DatasetSpec
 from compressor.errors import UserError
@@ -46,24 +48,28 @@ def open_documents(dataset: DatasetSpec, tokens: int, seed: int) -> Sequence[Row
 
 
 class _JsonLines(Sequence[Row]):
-    """A file of JSON lines of any size: only where its lines begin is kept."""
+    """A file of JSON lines of any size: only where its lines begin is kept; one that is packed, whole."""
 
     def __init__(self, path: Path, field: str | None) -> None:
         self._path, self._field = path, field
         self._starts, self._numbers = array("Q"), array("Q")
         start = 0
-        with path.open("rb") as file:
+        self._unpacked = b"".join(data.text_chunks(path)) if data.is_packed(path) else None
+        with self._open() as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     self._starts.append(start)
                     self._numbers.append(number)
                 start += len(line)
 
+    def _open(self) -> BinaryIO:
+        return self._path.open("rb") if self._unpacked is None else BytesIO(self._unpacked)
+
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: Any) -> Any:
-        with self._path.open("rb") as file:
+        with self._open() as file:
             file.seek(self._starts[index])
             line = file.readline()
         where = f"{self._path}:{self._numbers[index]}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.calibration.formats import is_json_lines
 from compressor.calibration.spec import ImagesSpec
+from compressor.data import is_packed
 from compressor.errors import UserError
 from compressor.workspace import file_sha256
 
@@ -55,7 +56,7 @@ def conversations(path: Path) -> Iterator[Messages]:
     Raises:
         UserError: as ``images_sha256``.
     """
-    if not is_json_lines(path):
+    if not is_json_lines(path) or is_packed(path):
         raise UserError(
             "conversations with images are read from JSON lines", where=str(path), fix="use .jsonl"
         )

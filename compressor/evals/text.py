@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.data import text_chunks, text_suffix
 from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import TextResult
 from compressor.evals.head import LogitsAt, logits_at, plain_head
@@ -120,7 +121,7 @@ def tokens_from_text(tokenizer: PreTrainedTokenizerBase, path: Path, tokens: int
     """Ids [T] of the first ``tokens`` tokens of a text (of all where None), without special tokens.
 
     A ``.jsonl`` file holds one object with the field ``text`` a line, joined by blank lines; any other file
-    is plain text.
+    is plain text. Either may be packed by xz (``.jsonl.xz``).
 
     Raises:
         UserError: unreadable, not UTF-8, not such JSON lines, empty, or fewer tokens than asked for.
@@ -149,9 +150,9 @@ def tokens_from_text(tokenizer: PreTrainedTokenizerBase, path: Path, tokens: int
 
 
 def read_text(path: Path) -> str:
-    """The whole text of a plain or ``.jsonl`` file; errors as ``tokens_from_text``."""
+    """The whole text of a plain or ``.jsonl`` file, packed by xz or not; errors as ``tokens_from_text``."""
     try:
-        raw = path.read_bytes()
+        raw = b"".join(text_chunks(path))
     except OSError as error:
         raise UserError(f"the text cannot be read: {error.strerror}", where=str(path)) from error
     try:
@@ -160,7 +161,7 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"not UTF-8 text: byte {raw[error.start]:#04x} at offset {error.start}", where=str(path)
         ) from error
-    if path.suffix == ".jsonl":
+    if text_suffix(path) == ".jsonl":
         lines = enumerate(text.split("\n"), 1)
         text = "\n\n".join(_document(line, path, number) for number, line in lines if line.strip())
     if not text.strip():

@@ -44,7 +44,7 @@ def evaluation_spec(loaded: LoadedRecipe, longest: int | None) -> EvalSpec | Non
     for index, gate in enumerate(section.gates):
         check = partial(check_gate_metric, gate.metric, tuple(tasks), where=f"evaluate.gates.{index}")
         collect(faults, check)
-    if text is not None and section.tokens > 2 * (size := text.stat().st_size):
+    if text is not None and section.tokens > 2 * (size := data.text_bytes(text)):
         # Not even half a byte for each token; the tokenizer counts exactly, when the run starts.
         what = f"{section.text} has {size:,} bytes; {section.tokens:,} tokens of it are to be read"
         where = "evaluate.text" if "evaluate.text" in loaded.places else "evaluate.tokens"

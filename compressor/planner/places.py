@@ -33,17 +33,7 @@ def check_text(name: str, beside: Path) -> Path:
     size = path.stat().st_size
     if not 0 < size <= _MAX_TEXT_BYTES:
         raise UserError("the evaluation text is empty or larger than 4 GiB", where=str(path))
-    position = 0
-    try:
-        with path.open("rb") as file:
-            # Line by line: a character is never cut, and a text of any size takes little memory.
-            for line in file:
-                line.decode()
-                position += len(line)
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text (byte {position + error.start})", where=str(path)) from error
-    except OSError as error:
-        raise UserError(f"the text cannot be read: {error.strerror}", where=str(path)) from error
+    data.scan_text(path)
     return path
 
 
