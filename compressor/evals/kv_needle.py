@@ -33,9 +33,31 @@ _PLACES = (
     "museum",
     "lighthouse",
 )
-_NEEDLE = "\n\nThe secret number of the {place} is {number}. Remember it.\n\n"
-_QUESTION = "\n\nThe secret number of the {place} is"
-_ANSWER = " {number}"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a number is hidden and asked for; ``{number}`` and ``{place}`` are filled in.
+
+    Attributes:
+        needle: what is hidden.
+        question: what ends the text.
+        answer: what is to follow.
+        opening: what begins the text.
+        numbers: the least and the largest.
+    """
+
+    needle: str
+    question: str
+    answer: str = " {number}"
+    opening: str = ""
+    numbers: tuple[int, int] = (10_000, 99_999)
+
+
+SECRET = Wording(
+    needle="\n\nThe secret number of the {place} is {number}. Remember it.\n\n",
+    question="\n\nThe secret number of the {place} is",
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,7 @@ def hide_needles(
     trials: int,
     first: int | None,
     seed: int,
+    wording: Wording = SECRET,
 ) -> list[Needle]:
     """Texts of exactly ``tokens`` tokens, ``trials`` for each depth, with different numbers and fillers.
 
@@ -68,6 +91,7 @@ def hide_needles(
         trials: texts of a depth.
         first: a token before every text (``<bos>``), or None.
         seed: of numbers, places and where the filler begins.
+        wording: of the needle and what is around the filler.
 
     Raises:
         UserError: the length has no room for needle and question.
@@ -83,13 +107,16 @@ def hide_needles(
         return filler_T.new_tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     made = []
+    opening = ids(wording.opening)
     for depth in depths:
         for _ in range(trials):
-            place, number = _PLACES[draw(len(_PLACES))], 10_000 + draw(90_000)
+            low, high = wording.numbers
+            place, number = _PLACES[draw(len(_PLACES))], low + draw(high - low + 1)
             needle, question, answer = (
-                ids(text.format(place=place, number=number)) for text in (_NEEDLE, _QUESTION, _ANSWER)
+                ids(text.format(place=place, number=number))
+                for text in (wording.needle, wording.question, wording.answer)
             )
-            ahead = filler_T.new_tensor([] if first is None else [first])
+            ahead = torch.cat([filler_T.new_tensor([] if first is None else [first]), opening])
             room = tokens - sum(map(len, (ahead, needle, question, answer)))
             if room < 0:
                 raise UserError(

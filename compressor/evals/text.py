@@ -6,6 +6,7 @@ Legend: T tokens of the text or of a window, P scored positions of a window, V v
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,16 +130,9 @@ def tokens_from_text(tokenizer: PreTrainedTokenizerBase, path: Path, tokens: int
     import torch
 
     text = read_text(path)
-    if tokens is not None:
-        if tokens < 2:
-            raise UserError(f"{tokens} token(s) of text cannot be scored", fix="use 2 or more")
-        # The spare keeps the end of the cut text, where tokens may differ, out of what is used.
-        head = text[: tokens * CHARS_PER_TOKEN + 1024]
-        ids = tokenizer.encode(head, add_special_tokens=False, verbose=False)
-        if len(ids) < tokens + 64 and len(head) < len(text):
-            ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    else:
-        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    if tokens is not None and tokens < 2:
+        raise UserError(f"{tokens} token(s) of text cannot be scored", fix="use 2 or more")
+    ids = first_tokens(tokenizer, text, tokens)
     wanted = tokens or 2
     if len(ids) < wanted:
         raise UserError(
@@ -146,11 +140,35 @@ def tokens_from_text(tokenizer: PreTrainedTokenizerBase, path: Path, tokens: int
             where=str(path),
             fix="ask for fewer tokens or give a longer text",
         )
-    return torch.tensor(ids[:tokens])
+    return torch.tensor(ids)
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None) -> list[int]:
+    """Ids of the first ``tokens`` tokens of a text, or of all that it has; without special tokens."""
+    if tokens is not None:
+        # The spare keeps the end of the cut text, where tokens may differ, out of what is used.
+        head = text[: tokens * CHARS_PER_TOKEN + 1024]
+        ids: list[int] = tokenizer.encode(head, add_special_tokens=False, verbose=False)
+        if len(ids) >= tokens + 64 or len(head) == len(text):
+            return ids[:tokens]
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return ids[:tokens]
 
 
 def read_text(path: Path) -> str:
     """The whole text of a plain or ``.jsonl`` file, packed by xz or not; errors as ``tokens_from_text``."""
+    text = "\n\n".join(document for _, document in read_documents(path))
+    if not text.strip():
+        raise UserError("the text is empty", where=str(path))
+    return text
+
+
+def read_documents(path: Path) -> Iterator[tuple[str, str]]:
+    """The documents of a ``.jsonl`` file, or one plain text: each with its ``id``, or else its line or file.
+
+    Raises:
+        UserError: unreadable, not UTF-8, or not such JSON lines.
+    """
     try:
         raw = b"".join(text_chunks(path))
     except OSError as error:
@@ -161,19 +179,20 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"not UTF-8 text: byte {raw[error.start]:#04x} at offset {error.start}", where=str(path)
         ) from error
-    if text_suffix(path) == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)
-        text = "\n\n".join(_document(line, path, number) for number, line in lines if line.strip())
-    if not text.strip():
-        raise UserError("the text is empty", where=str(path))
-    return text
+    if text_suffix(path) != ".jsonl":
+        yield path.name, text
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield _document(line, path, number)
 
 
-def _document(line: str, path: Path, number: int) -> str:
+def _document(line: str, path: Path, number: int) -> tuple[str, str]:
     try:
         document = json.loads(line)
     except ValueError as error:
         raise UserError(f"not JSON: {error}", where=f"{path}:{number}") from error
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
         raise UserError("no field `text` with a string", where=f"{path}:{number}")
-    return str(document["text"])
+    name = document.get("id")
+    return name if isinstance(name, str) and name else f"line {number}", document["text"]
