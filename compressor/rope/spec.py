@@ -19,6 +19,8 @@ class ContextSpec:
         original_length: tokens that the model was trained at, or None for what its config says.
         factor: of the scaling, or None for the smallest that reaches ``target_length``.
         factors: of method ``longrope``, one for each frequency, or None where they are searched.
+        attention_factor: of method ``longrope``, what cosine and sine are multiplied by, or None for the
+            method's own.
     """
 
     method: Method
@@ -26,6 +28,7 @@ class ContextSpec:
     original_length: int | None = None
     factor: float | None = None
     factors: tuple[float, ...] | None = None
+    attention_factor: float | None = None
 
 
 @dataclass(frozen=True)
