@@ -325,7 +325,9 @@ def _longrope(told: _Told) -> dict[str, Any]:
                 where=where,
             )
     long = [float(value) for value in given]
-    multiplier = methods.longrope_multiplier(told.factor, told.original)
+    multiplier = told.spec.attention_factor
+    if multiplier is None:
+        multiplier = methods.longrope_multiplier(told.factor, told.original)
     switches = told.positions.model_type in SWITCHING
     return {
         "short_factor": [1.0] * wanted if switches else list(long),

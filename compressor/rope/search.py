@@ -14,11 +14,17 @@ Legend: P rotary pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from math import ceil, exp, floor, log, pi, sqrt
+from math import ceil, exp, floor, pi
 from random import Random
+from typing import Any
+
+from compressor.rope.methods import longrope_multiplier, ntk, unscaled, yarn
+from compressor.rope.positions import read_positions
+from compressor.rope.scaled import scaled_config
+from compressor.rope.spec import ContextSpec
 
 STEP = 0.01
 MOST = 1.25
@@ -57,6 +63,10 @@ class Candidate:
     def content(self) -> tuple[tuple[float, ...], float]:
         """What decides how it scores."""
         return self.factors, self.attention_factor
+
+    def context(self, asked: ContextSpec) -> ContextSpec:
+        """What is asked, by these factors."""
+        return replace(asked, method="longrope", factors=self.factors, attention_factor=self.attention_factor)
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,33 @@ class SearchSpace:
     yarn_attention: float
     ntk: tuple[float, ...]
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any], context: ContextSpec) -> SearchSpace:
+        """The space of a model.
+
+        Args:
+            config: contents of its config.json.
+            context: what is asked; of method ``longrope``, without factors.
+
+        Raises:
+            UserError: LongRoPE does not fit the model, or the lengths do not fit each other.
+            CheckpointError: the config has no rotary positions that can be read.
+        """
+        positions = read_positions(config)
+        dims, theta = positions.rotary_dim, positions.theta
+        scaled = scaled_config(config, replace(context, factors=(1.0,) * (dims // 2)))
+        original = read_positions(scaled.config).original_length
+        assert original is not None, "written by the scaling"
+        as_yarn = yarn(dims, theta, scaled.factor, original)
+        return cls(
+            frequencies=unscaled(dims, theta).inverse,
+            original_length=original,
+            factor=scaled.factor,
+            yarn=as_yarn.divisors(theta),
+            yarn_attention=as_yarn.multiplier,
+            ntk=ntk(dims, theta, scaled.factor).divisors(theta),
+        )
+
     @property
     def most(self) -> float:
         """The largest lambda."""
@@ -118,7 +155,7 @@ class SearchSpace:
     def seeds(self) -> list[Candidate]:
         """Where the search begins, YaRN first: the known methods, and LongRoPE2's guesses."""
         pairs = len(self.frequencies)
-        longrope = sqrt(1 + log(self.factor) / log(self.original_length))
+        longrope = longrope_multiplier(self.factor, self.original_length)
         seeds = [
             Candidate(self.yarn, 0, self.yarn_attention, "yarn"),
             Candidate(self.yarn, 0, longrope, "yarn, multiplier of longrope"),
