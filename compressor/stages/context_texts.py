@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # Tokens of a document that lie past the original length: fewer say little.
 _LEAST_PAST = 64
-# A text with fewer characters for each token wanted is not tokenized to see whether it is long enough.
-_SURE_CHARS = 2
+# Tokens that a character makes at most: the bytes of UTF-8. Texts too short for sure are not tokenized.
+_MOST_TOKENS_OF_CHAR = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ def _draw(
     full: list[torch.Tensor] = []
     shorter: list[torch.Tensor] = []
     for text in _texts(path, seed):
-        if len(text) < _SURE_CHARS * least:
+        if _MOST_TOKENS_OF_CHAR * len(text) < least:
             continue
         head = text[: length * CHARS_PER_TOKEN]
         ids = [*ahead, *tokenizer.encode(head, add_special_tokens=False, verbose=False)][:length]
