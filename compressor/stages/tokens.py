@@ -117,10 +117,10 @@ def _stored_prompts(path: Path, file: FileHeader) -> tuple[dict[str, torch.Tenso
 
 def _check_all(ids_NT: torch.Tensor, prompts: Sequence[Mapping[str, torch.Tensor]], source: Source) -> None:
     for ids in (ids_NT, *(prompt["input_ids"] for prompt in prompts)):
-        _check_ids(ids, source)
+        check_ids(ids, source)
 
 
-def _check_ids(ids_NT: torch.Tensor, source: Source) -> None:
+def check_ids(ids_NT: torch.Tensor, source: Source) -> None:
     """Refuses ids beyond the embedding, which a forward pass would end in an index error at."""
     rows, largest = _embedding_rows(source), int(ids_NT.max())
     if rows is not None and largest >= rows:
