@@ -208,6 +208,34 @@ def test_recomputed_blocks_give_the_same_gradients(model: Path, text: Path) -> N
         torch.testing.assert_close(gradients[1][key], gradient)
 
 
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_bfloat16_trains_masters_in_fp32(text: Path, tmp_path: Path, embeddings: bool) -> None:
+    """Products in bfloat16 give about the losses of fp32, and hidden states are bfloat16 all the way."""
+    source = FolderSource(tiny_llama(tmp_path / "model", tie=True))
+    spec = _spec(text, embeddings=embeddings, steps=12)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        losses[dtype] = _adapted(source, replace(spec, dtype=dtype), tmp_path / dtype)["losses"]
+    # bfloat16 keeps 8 bits of each number; the first losses differ by that, later ones by what it adds up to.
+    assert losses["bfloat16"][:2] == pytest.approx(losses["float32"][:2], rel=0.01)
+    assert losses["bfloat16"][-1] == pytest.approx(losses["float32"][-1], rel=0.1)
+    made = AdaptedModel(
+        source,
+        rank=2,
+        alpha=2,
+        targets=(),
+        norms=True,
+        embeddings=embeddings,
+        seed=0,
+        dtype=torch.bfloat16,
+        device=CPU,
+    )
+    assert {parameter.dtype for parameter in made.trained.values()} == {torch.float32}
+    with made.autocast():
+        hidden = made.whole.model.get_decoder()(torch.arange(8)[None], use_cache=False)[0]
+    assert hidden.dtype == torch.bfloat16
+
+
 def test_only_what_was_asked_for_changes(model: Path, text: Path, tmp_path: Path) -> None:
     """Without norms and embeddings only the attention's projections are others."""
     source = FolderSource(model)
