@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.stages.adapt_model import AdaptedModel
+    from compressor.stages.adapt_retrieval import Retrieval
     from compressor.stages.adapt_texts import Sequences
 
+# What the answers' mean loss counts beside the mean of all tokens.
+ANSWER_WEIGHT = 0.2
 _BETAS = (0.9, 0.95)
 _MOST_NORM = 1.0
 # The cosine ends at this share of the highest rate.
@@ -59,6 +62,7 @@ class AdaptSpec:
         merge: whether the adapters go into the weights; else they are written beside them.
         base: how the result is called, for adapters beside it.
         dtype: of the frozen weights and of matrix products.
+        retrieval: share of the sequences that hold made-up facts and questions after them.
     """
 
     documents: tuple[DatasetSpec, ...]
@@ -78,6 +82,7 @@ class AdaptSpec:
     merge: bool = True
     base: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    retrieval: float = 0.0
 
     @property
     def content(self) -> dict[str, Any]:
@@ -93,7 +98,8 @@ def adapt_stage(source: Source, spec: AdaptSpec, folder: Path, progress: Progres
 
     Returns:
         ``resumed``; ``adapt``: ``steps``, ``tokens``, ``sequence_length``, ``losses`` (of each step, nats a
-        token), ``loss_before`` and ``loss_after`` (means of the first and of the last steps), ``rank``,
+        token), ``loss_before`` and ``loss_after`` (means of the first and of the last steps), ``answers``
+        (losses of hidden facts' answers, in each step that asked for some), ``rank``,
         ``trained_parameters``, ``layers`` (with an adapter), ``targets`` (their leaf names), ``direct``
         (norms and embeddings that are trained as they are), ``documents`` (read), ``sequences`` (different
         ones), ``joined`` (of these, put together from several documents), ``recomputed`` (whether blocks were
@@ -130,8 +136,13 @@ def adapt(
     import torch
 
     from compressor.stages.adapt_model import AdaptedModel
+    from compressor.stages.adapt_retrieval import Retrieval
+    from compressor.stages.tokens import source_tokenizer
 
-    trainer = _Trainer(spec, shown.ids_NT, folder, progress)
+    retrieval = None
+    if spec.retrieval:
+        retrieval = Retrieval(source_tokenizer(source, folder), spec.retrieval, spec.seed)
+    trainer = _Trainer(spec, shown.ids_NT, retrieval, folder, progress)
     model = AdaptedModel(
         source,
         rank=spec.rank,
@@ -161,6 +172,7 @@ def adapt(
         "losses": [round(loss, 5) for loss in done.losses],
         "loss_before": sum(done.losses[:ends]) / ends,
         "loss_after": sum(done.losses[-ends:]) / ends,
+        "answers": [round(loss, 5) for loss in done.answers],
         "rank": spec.rank,
         "trained_parameters": sum(parameter.numel() for parameter in model.trained.values()),
         "layers": len(model.layers),
@@ -187,12 +199,20 @@ def rate_share(step: int, steps: int, warmup: int) -> float:
 class _Trainer:
     """The optimizer's loop, in one process or in several that accelerate has started."""
 
-    def __init__(self, spec: AdaptSpec, ids_NT: torch.Tensor, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        spec: AdaptSpec,
+        ids_NT: torch.Tensor,
+        retrieval: Retrieval | None,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
         from accelerate import Accelerator
 
         from compressor.stages.training import row_order
 
         self._spec, self._ids_NT, self._folder, self._progress = spec, ids_NT, folder, progress
+        self._retrieval = retrieval
         self._accelerator = Accelerator(mixed_precision="no")
         self._order = row_order(len(ids_NT), spec.steps * spec.sequences, spec.seed)
         self.recomputed = False
@@ -242,7 +262,7 @@ class _Trainer:
             share = rate_share(done.step, spec.steps, spec.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["highest"] * share
-            loss = self._backward(loss_of, model, done.step)
+            loss, answers = self._backward(loss_of, model, done.step)
             if not isfinite(loss):
                 raise UserError(
                     f"the loss is {loss} in step {done.step + 1}",
@@ -254,6 +274,8 @@ class _Trainer:
             optimizer.zero_grad(set_to_none=True)
             done.step += 1
             done.losses.append(loss)
+            if answers is not None:
+                done.answers.append(answers)
             done.seconds = before + time.monotonic() - started
             recent = done.losses[-_ENDS:]
             self._progress.advance(1, note=f"loss {sum(recent) / len(recent):.4f}")
@@ -262,24 +284,42 @@ class _Trainer:
         self._progress.finish(resumed=found is not None and found.step == spec.steps)
         return done, found is not None
 
-    def _backward(self, loss_of: Any, model: AdaptedModel, step: int) -> float:
-        """Leaves the gradient of the mean loss over the step's tokens with the parameters; that mean."""
+    def _backward(self, loss_of: Any, model: AdaptedModel, step: int) -> tuple[float, float | None]:
+        """Leaves the gradient of the step's loss with the parameters.
+
+        Returns the mean negative log-likelihood of its tokens, and that of answers where it asks for some.
+        """
         spec, processes = self._spec, self._accelerator.num_processes
-        rows = self._order[step * spec.sequences : (step + 1) * spec.sequences]
-        mine = rows[self._accelerator.process_index :: processes]
+        first = step * spec.sequences
+        numbers = range(first, first + spec.sequences)[self._accelerator.process_index :: processes]
         # Each sequence's first token is not predicted. Processes' gradients are averaged.
-        share = processes / (spec.sequences * (spec.sequence_length - 1))
-        total = 0.0
-        for number, row in enumerate(mine.tolist()):
-            ids_BT = self._ids_NT[row : row + 1].long().to(self.device)
-            last = number == len(mine) - 1
-            wait = nullcontext() if last else self._accelerator.no_sync(loss_of)
+        tokens = spec.sequence_length - 1
+        share = processes / (spec.sequences * tokens)
+        total, answered, asked = 0.0, 0.0, 0
+        for number in numbers:
+            ids_BT, weight_BT = self._sequence(number)
+            wait = nullcontext() if number == numbers[-1] else self._accelerator.no_sync(loss_of)
             with wait:
                 with model.autocast(), _fused_attention(self.device):
-                    loss = loss_of(ids_BT) * share
-                self._accelerator.backward(loss)
-            total += float(loss.detach())
-        return self._mean(total)
+                    loss, plain = loss_of(ids_BT, weight_BT)
+                self._accelerator.backward(loss * share)
+            total += float(plain) * share
+            if weight_BT is not None:
+                answered += float(loss.detach() - plain) / (ANSWER_WEIGHT * tokens)
+                asked += 1
+        answered, asked_mean = self._mean(answered), self._mean(asked)
+        return self._mean(total), answered / asked_mean if asked_mean else None
+
+    def _sequence(self, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Ids [1, T] of the ``number``-th sequence, and weights of its tokens where they differ."""
+        ids_T, answer_T = self._ids_NT[self._order[number]].long(), None
+        if self._retrieval is not None:
+            ids_T, answer_T = self._retrieval.hide(ids_T, number)
+        if answer_T is None:
+            return ids_T[None].to(self.device), None
+        # The answers' mean counts ``ANSWER_WEIGHT`` beside the mean of all tokens.
+        extra = ANSWER_WEIGHT * (len(ids_T) - 1) / int(answer_T.sum())
+        return ids_T[None].to(self.device), (1 + extra * answer_T.float())[None].to(self.device)
 
     def _mean(self, value: float) -> float:
         """Over all processes."""

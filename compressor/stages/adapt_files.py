@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,11 +32,13 @@ class Progressed:
     Attributes:
         step: steps done.
         losses: mean negative log-likelihood of each step's tokens, nats.
+        answers: the same of the answers to hidden facts, of each step that asks for some.
         seconds: that they took.
     """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
+    answers: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -53,7 +55,7 @@ def save_state(
         tensors[name] = parameter.detach()
         tensors |= {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in _MOMENTS}
     headers = [TensorHeader(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
-    told = {"step": done.step, "losses": done.losses, "seconds": done.seconds}
+    told = asdict(done)
     with ShardWriter(folder / STATE_NAME, headers, {"told": json.dumps(told)}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
@@ -81,7 +83,7 @@ def load_state(
             ),
             **{moment: read[moment].to(parameter.device) for moment in _MOMENTS},
         }
-    return Progressed(told["step"], told["losses"], told["seconds"])
+    return Progressed(**told)
 
 
 def write_adapter(

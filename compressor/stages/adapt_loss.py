@@ -41,19 +41,25 @@ class SequenceLoss(nn.Module):
         self._dtype = dtype
         self._finish = finish_of(model)
 
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """fp32 scalar, nats: negative log-likelihoods of all tokens but each sequence's first, summed."""
+    def forward(
+        self, ids_BT: torch.Tensor, weight_BT: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 scalars, nats: negative log-likelihoods of all tokens but each sequence's first, summed.
+
+        First with a weight for each token (by default 1), to be differentiated; then without.
+        """
         hidden_BTD = self.model.get_decoder()(input_ids=ids_BT, use_cache=False)[0]
         head = self.model.get_output_embeddings()
         hidden_ND = hidden_BTD[:, :-1].reshape(-1, hidden_BTD.shape[-1])
-        nll: torch.Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, head.weight, head.bias, ids_BT[:, 1:].reshape(-1), self._finish, self._dtype
+        weight_N = None if weight_BT is None else weight_BT[:, 1:].reshape(-1)
+        weighted, plain = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+            hidden_ND, head.weight, head.bias, ids_BT[:, 1:].reshape(-1), weight_N, self._finish, self._dtype
         )
-        return nll
+        return weighted, plain
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of cross-entropies, whose gradients are computed chunk by chunk on the way forward.
+    """Sums of cross-entropies, whose gradients are computed chunk by chunk on the way forward.
 
     The loss is the last thing computed, so its gradients are known up to a factor as soon as a chunk's logits
     are: no logits are kept, and none are computed twice.
@@ -66,13 +72,15 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
         ids_N: torch.Tensor,
+        weight_N: torch.Tensor | None,
         finish: Finish,
         dtype: torch.dtype,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See the class."""
         wanted = ctx.needs_input_grad[:2]
         flat_VD = weight_VD.detach().to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        plain = torch.zeros_like(total)
         hidden_grad = torch.empty_like(hidden_ND) if wanted[0] else None
         weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
         chunk = max(1, CHUNK_LOGITS[hidden_ND.device.type] // len(weight_VD))
@@ -82,8 +90,10 @@ class _ChunkedLoss(torch.autograd.Function):
             raw_PV = linear(part_PD, flat_VD, None if bias_V is None else bias_V.detach().to(dtype))
             with torch.enable_grad():
                 raw_PV.requires_grad_(any(wanted))
-                loss = cross_entropy(finish(raw_PV.float()), ids_N[here], reduction="sum")
+                nll_P = cross_entropy(finish(raw_PV.float()), ids_N[here], reduction="none")
+                loss = nll_P.sum() if weight_N is None else (nll_P * weight_N[here]).sum()
             total += loss.detach()
+            plain += nll_P.detach().sum()
             if not any(wanted):
                 continue
             (slope_PV,) = torch.autograd.grad(loss, raw_PV)
@@ -94,16 +104,17 @@ class _ChunkedLoss(torch.autograd.Function):
                 weight_grad += slope_PV.T @ part_PD
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight_VD.dtype
-        return total
+        ctx.mark_non_differentiable(plain)
+        return total, plain
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients times that of the loss."""
+        """The gradients times that of the weighted loss."""
         hidden_grad, weight_grad = ctx.saved_tensors
         factor = gradients[0]
         hidden = None if hidden_grad is None else hidden_grad * factor
         weight = None if weight_grad is None else (weight_grad * factor).to(ctx.weight_dtype)
-        return hidden, weight, None, None, None, None
+        return hidden, weight, None, None, None, None, None
 
 
 def finish_of(model: PreTrainedModel) -> Finish:
