@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # Below this a sequence has no room for facts, their questions and something between.
 LEAST_TOKENS = 256
-_COUNTS = (1, 2, 4, 8, 16)
+# Facts of a sequence: a power of two, at most one for so many tokens.
+_TOKENS_A_FACT = 1024
 # Of a sequence that facts and questions may take.
 _MOST_SHARE = 0.5
 _REPEATED_SHARE = 0.3
@@ -72,7 +73,8 @@ class Retrieval:
         text = ids_T.tolist()
         if rng.random() < _REPEATED_SHARE:
             text = self._repeated(text, rng)
-        facts, questions = self._facts(rng, rng.choice(_COUNTS), most=int(tokens * _MOST_SHARE))
+        count = 2 ** rng.randint(0, max(0, (tokens // _TOKENS_A_FACT).bit_length() - 1))
+        facts, questions = self._facts(rng, count, most=int(tokens * _MOST_SHARE))
         rng.shuffle(questions)
         tail = sum(len(asked) + len(answer) for asked, answer in questions)
         room = tokens - tail - sum(map(len, facts))
