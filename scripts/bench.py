@@ -15,6 +15,8 @@
                                         fine-tunes the model, so that its weights leave their 4-bit grid
     python scripts/bench.py kv --needle 512 1024
                                         KV-cache formats: quality against bits, table and plot
+    python scripts/bench.py context --factors 4
+                                        reading further: scalings, searched factors, adapters; a GPU's work
     python scripts/bench.py kv-kernels  attention over packed KV caches against PyTorch's in bf16, on a GPU
 
 Each measurement runs in a process of its own, ours and theirs alternating; medians and spread go to
@@ -53,6 +55,13 @@ def kv_kernels(options: argparse.Namespace) -> dict[str, Any]:
     return kv_kernels(options)
 
 
+def context(options: argparse.Namespace) -> dict[str, Any]:
+    """Measured in this process too."""
+    from scripts.benchmarks.context import context
+
+    return context(options)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "quality": quality,
     "stream": stream,
@@ -63,6 +72,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "off-grid": off_grid,
     "kv": kv,
     "kv-kernels": kv_kernels,
+    "context": context,
 }
 # Tokens of text: the calibrated table has many rows.
 TOKENS = {"calibrated": 16384, "layers": 16384, "off-grid": 16384}
@@ -122,6 +132,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     group.add_argument(
         "--needle", nargs="+", type=_count, metavar="TOKENS", help="hide needles in such texts"
     )
+    _context_options(parser.add_argument_group("context"))
     options = parser.parse_args(words)
     if options.benchmark is None:
         if options.peers is None:
@@ -138,6 +149,29 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _context_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--factors", nargs="+", type=_count, default=[4], help="times the trained length")
+    group.add_argument("--documents", default="calibration/long/heldout.jsonl.xz", help="to measure on")
+    group.add_argument(
+        "--most-documents", type=_count, default=12, help="of them, if so many are long enough"
+    )
+    group.add_argument(
+        "--long-train", default="calibration/long/train.jsonl.xz", help="to search and train on"
+    )
+    group.add_argument("--trials", type=_count, default=4, help="hidden numbers of a length and depth")
+    group.add_argument("--objective", choices=["perplexity", "needle"], default="perplexity")
+    group.add_argument("--population", type=_count, default=16, help="of the search")
+    group.add_argument("--generations", type=int, default=8, help="of the search; 0 for none")
+    group.add_argument("--search-documents", type=_count, default=2)
+    group.add_argument("--accept-documents", type=_count, default=4)
+    group.add_argument("--adapter-steps", type=int, default=200, help="of training; 0 for none")
+    group.add_argument("--control", action="store_true", help="train on as many short sequences too")
+    group.add_argument("--adapter-tokens", type=_count, default=0, help="of a step; by default one sequence")
+    group.add_argument("--adapter-rate", type=float, default=2e-4, help="largest learning rate of adapters")
+    group.add_argument("--rank", type=_count, default=32, help="of adapters")
+    group.add_argument("--retrieval", type=float, default=0.6, help="share of sequences with hidden facts")
+
+
 def result_name(options: argparse.Namespace) -> str:
     """The result file's name without its ending."""
     if options.benchmark == "calibrated":
@@ -147,6 +181,8 @@ def result_name(options: argparse.Namespace) -> str:
     if options.benchmark in ("stream", "walk"):
         shape = "" if options.source == "llama" else f"{options.source}-"
         return f"{options.benchmark}-{shape}{options.gigabytes:g}gb"
+    if options.benchmark == "context":
+        return f"context-{'-'.join(f'x{factor}' for factor in options.factors)}"
     return str(options.benchmark)
 
 
