@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,17 +24,17 @@ from compressor.meter import metered
 from compressor.model.aliases import linear_aliases
 from compressor.model.load import check_known
 from compressor.planner.calibrated import walk_key
+from compressor.planner.context_result import context_facts
 from compressor.planner.evaluated import measured_content
 from compressor.planner.keys import stream_key
 from compressor.planner.kv_result import kv_facts
 from compressor.planner.oneshot import oneshot_key
 from compressor.planner.plan import Plan
 from compressor.planner.polished import polish_key
+from compressor.planner.relocated import recipe_seen_from
 from compressor.planner.staged import base_source, scaled_source, weights_source
 from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
-from compressor.recipe.mixtures import seen_from
-from compressor.recipe.model import Recipe
 from compressor.report.kv import KvFacts
 from compressor.report.manifest import Manifest, write_manifest
 from compressor.report.model import Report, StageCost, load_report
@@ -107,7 +106,7 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
     """
     for warning in plan.warnings:
         progress.warn(warning)
-    recipe_yaml = dump_recipe(_seen_from(plan.output, plan))
+    recipe_yaml = dump_recipe(recipe_seen_from(plan.output, plan))
     with plan.workspace.locked():
         stages = _stages(plan, progress)
         for done in (plan.output, failed_folder(plan.output)):
@@ -329,6 +328,7 @@ def _export(
         costs,
         result_folder,
         _kv_facts(plan, artefacts.get("kv"), shown),
+        context_facts(plan, artefacts["context"], facts) if plan.context is not None else None,
     )
     with export_folder(space, result_folder, artefacts["assemble"]) as folder:
         describe(folder, report, recipe_yaml)
@@ -343,25 +343,6 @@ def _export(
         _check_shards(plan, stages, manifest, artefacts["stream"])
     progress.log(f"exported to {result_folder}")
     return RunResult(result_folder, report)
-
-
-def _seen_from(folder: Path, plan: Plan) -> Recipe:
-    """The recipe with relative files named from ``folder``, so that the copy exported there runs too."""
-    recipe = plan.loaded.recipe
-    source = recipe.model.source
-    local = plan.source.model_dir() if plan.source.revision is None else None
-    if local is not None and not source.startswith("pkg:") and not Path(source).is_absolute():
-        moved = os.path.relpath(local / (plan.source.gguf_file() or ""), folder)
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": moved})})
-    spec = plan.evaluation
-    given = recipe.evaluate is not None and not Path(recipe.evaluate.text).is_absolute()
-    if recipe.evaluate is not None and spec is not None and given and not spec.text_is_shipped:
-        moved = os.path.relpath(spec.text, folder)
-        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"text": moved})})
-    if plan.calibration is not None:
-        seen = seen_from(folder, recipe.calibration, plan.calibration)
-        recipe = recipe.model_copy(update={"calibration": seen})
-    return recipe
 
 
 def _check_shards(plan: Plan, stages: list[_Stage], manifest: Manifest, streamed: Path) -> None:

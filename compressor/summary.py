@@ -26,6 +26,7 @@ from compressor.report.calibration import (
     SmoothedInput,
     SmoothedMatrix,
 )
+from compressor.report.context import ContextFacts
 from compressor.report.kv import KvFacts
 from compressor.report.model import (
     Device,
@@ -76,13 +77,14 @@ def summarize(
     costs: Sequence[StageCost],
     output: Path,
     kv: KvFacts | None = None,
+    context: ContextFacts | None = None,
 ) -> Report:
     """The report of a run, from the artefact folders of its stages.
 
     ``walked``: what the walk was shown (``texts``: name -> tokens, ``samples``, ``sequence_length``,
     ``seed``, ``dtype``, and ``polish`` if one followed), or None where none was needed. ``output`` is where
     the checkpoint will be: below the current folder it is named relative to it. ``kv``: its cache, if the
-    recipe says how it is stored.
+    recipe says how it is stored. ``context``: how its positions are scaled, if they are.
     """
     prediction = plan.prediction
     schemes = _by_scheme(plan.claims)
@@ -127,12 +129,14 @@ def summarize(
             str(plan.source.config.get("model_type", "")),
             plan.loaded.recipe.model.factory,
             kv,
+            None if context is None else context.length,
         ),
         files={
             path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != STAGE_FILE
         },
         calibration=_calibration(walked, streamed, plan.claims) if walked else None,
         kv=kv,
+        context=context,
     )
 
 

@@ -70,10 +70,11 @@ def quantization_config(
 def result_config(
     source_config: Mapping[str, Any], quantization: Mapping[str, Any], *, narrowed: bool
 ) -> dict[str, Any]:
-    """The source's config with the quantization; ``narrowed``: wide weights were stored in 16 bit."""
+    """The source's config with the quantization, if any; ``narrowed``: wide weights were stored in 16 bit."""
     config = copy.deepcopy(dict(source_config))
     if narrowed:
         config.pop("torch_dtype", None)
         config["dtype"] = "bfloat16"
-    config["quantization_config"] = dict(quantization)
+    if quantization:
+        config["quantization_config"] = dict(quantization)
     return config

@@ -63,8 +63,12 @@ def claim_tensors(
     weights: WeightsSection,
     dialect: Dialect,
     kept: Mapping[str, Kept] = MappingProxyType({}),
+    *,
+    may_copy_all: bool = False,
 ) -> list[Claim]:
     """One claim for each tensor, in file order; ``kept`` are those that stay as the source stores them.
+
+    ``may_copy_all``: whether rules that quantize nothing are no fault: something else is changed.
 
     Raises:
         PlanError: with every fault found.
@@ -87,7 +91,7 @@ def claim_tensors(
     faults += _split_fusions(claims)
     faults += _split_solvers(claims)
     faults += _name_clashes(claims)
-    if not any(claim.action == "quantize" for claim in claims) and not faults:
+    if not (may_copy_all or faults or any(claim.action == "quantize" for claim in claims)):
         faults.append(UserError("the rules leave nothing to quantize", where="weights"))
     if faults:
         raise PlanError(faults)

@@ -250,9 +250,18 @@ def _claims(
         PlanError: there are faults: nothing more can be planned.
     """
     kept = given.kept if isinstance(given, KeptSource) else {}
-    family, weights = family_for(source.config), loaded.recipe.weights
+    family, recipe = family_for(source.config), loaded.recipe
     claims = collect(
-        faults, lambda: claim_tensors(source.headers, source.config, family, weights, dialect, kept)
+        faults,
+        lambda: claim_tensors(
+            source.headers,
+            source.config,
+            family,
+            recipe.weights,
+            dialect,
+            kept,
+            may_copy_all=recipe.context is not None,
+        ),
     )
     if claims is None or faults:
         raise PlanError(_placed(faults, loaded))

@@ -15,6 +15,15 @@ import yaml
 
 from compressor.report import rows
 from compressor.report.calibration import CalibrationFacts
+from compressor.report.context import (
+    CONTEXT_COST_HEADS,
+    CONTEXT_HEADS,
+    ContextFacts,
+    context_caption,
+    context_cost_rows,
+    context_notes,
+    context_rows,
+)
 from compressor.report.kv import (
     KV_HEADS,
     KV_QUALITY_HEADS,
@@ -52,6 +61,7 @@ def render_card(report: Report, recipe_yaml: str) -> str:
         f"# {escape(short_name(report.name))}\n\n{escape(rows.headline(report))}.",
         _overview(report),
         _done(report),
+        *([_context(report.context)] if report.context else []),
         *([_calibration(report, report.calibration)] if report.calibration else []),
         *([_kv(report.kv)] if report.kv else []),
         _serving(report),
@@ -80,11 +90,13 @@ def _front_matter(report: Report) -> str:
     source = report.source
     facts: dict[str, object] = {}
     if source.base_model and _REPOSITORY.fullmatch(source.base_model):
-        facts |= {"base_model": source.base_model, "base_model_relation": "quantized"}
+        relation = "quantized" if report.result.schemes else "finetune"
+        facts |= {"base_model": source.base_model, "base_model_relation": relation}
     if source.license and _LICENSE.fullmatch(source.license):
         facts["license"] = source.license
     labels = (label.lower().replace(" ", "-") for label in report.result.schemes)
-    tags = [report.result.format, "quantized", *(label for label in labels if _TAG.fullmatch(label))]
+    tags = [report.result.format, "quantized"] if report.result.schemes else []
+    tags += [label for label in labels if _TAG.fullmatch(label)]
     facts |= {"library_name": "vllm", "pipeline_tag": "text-generation", "tags": tags}
     return yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
 
@@ -119,11 +131,10 @@ def _overview(report: Report) -> str:
 
 
 def _done(report: Report) -> str:
-    parts = [
-        "## What was done",
-        "These weights are quantized:",
-        _table(("scheme", "tensors", "weights", "bytes", "relative squared error"), rows.scheme_rows(report)),
-    ]
+    parts, schemes = ["## What was done"], rows.scheme_rows(report)
+    if schemes:
+        heads = ("scheme", "tensors", "weights", "bytes", "relative squared error")
+        parts += ["These weights are quantized:", _table(heads, schemes)]
     if report.result.left_16bit:
         parts += [
             "These stay in 16 bit:",
@@ -147,6 +158,14 @@ def _calibration(report: Report, facts: CalibrationFacts) -> str:
     if notes:
         parts.append("\n".join(f"- {escape(note)}" for note in notes))
     return "\n\n".join([*parts, _caption(rows.calibration_caption(report))])
+
+
+def _context(facts: ContextFacts) -> str:
+    parts = ["## Context", _caption(context_caption(facts)), _table(CONTEXT_HEADS, context_rows(facts))]
+    if facts.cost is not None:
+        parts.append(_table(CONTEXT_COST_HEADS, context_cost_rows(facts)))
+    parts.append("\n".join(f"- {escape(note)}" for note in context_notes(facts)))
+    return "\n\n".join(parts)
 
 
 def _kv(facts: KvFacts) -> str:

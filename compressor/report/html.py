@@ -9,6 +9,14 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from compressor.report import rows
+from compressor.report.context import (
+    CONTEXT_COST_HEADS,
+    CONTEXT_HEADS,
+    context_caption,
+    context_cost_rows,
+    context_notes,
+    context_rows,
+)
 from compressor.report.experts import EXPERT_HEADS, expert_rows
 from compressor.report.kv import KV_HEADS, KV_QUALITY_HEADS, kv_caption, kv_notes, kv_quality_rows, kv_rows
 from compressor.report.model import Report
@@ -59,6 +67,13 @@ def render_html(report: Report) -> str:
         expert_heads=EXPERT_HEADS,
         experts=expert_rows(facts) if facts else [],
         calibration_notes=rows.calibration_notes(facts) if facts else [],
+        context=report.context is not None,
+        context_caption=context_caption(report.context) if report.context else "",
+        context_heads=CONTEXT_HEADS,
+        context_rows=context_rows(report.context) if report.context else [],
+        context_cost_heads=CONTEXT_COST_HEADS,
+        context_costs=context_cost_rows(report.context) if report.context else [],
+        context_notes=context_notes(report.context) if report.context else [],
         kv=report.kv is not None,
         kv_caption=kv_caption(report.kv) if report.kv else "",
         kv_heads=KV_HEADS,

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from compressor.dialects.base import DialectName
 from compressor.errors import CheckpointError
 from compressor.report.calibration import CalibrationFacts
+from compressor.report.context import ContextFacts
 from compressor.report.kv import KvFacts
 from compressor.report.record import Count, Measure, Ordered, Record
 from compressor.report.verification import Verification
@@ -263,6 +264,7 @@ class Report(Record):
         verification: what ``compress verify`` found, or None until it has run.
         calibration: what solvers were shown, and what it did for each matrix, or None where none was.
         kv: how the KV cache is stored, or None where the recipe does not say.
+        context: how positions are scaled, or None where they are the source's.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -281,6 +283,7 @@ class Report(Record):
     verification: Verification | None = None
     calibration: CalibrationFacts | None = None
     kv: KvFacts | None = None
+    context: ContextFacts | None = None
 
     def to_json(self) -> str:
         """Indented JSON; infinities and NaN as the words ``Infinity``, ``-Infinity`` and ``NaN``."""

@@ -57,7 +57,8 @@ def headline(report: Report) -> str:
     """One sentence: how much smaller, at what loss."""
     source, result = report.source.bytes, report.result.bytes
     smaller = f"{number(source / result, 2)}x smaller" if result else "no tensors"
-    text = f"{smaller} ({size(source)} -> {size(result)}), {_loss(report.quality)}"
+    sizes = f"{smaller} ({size(source)} -> {size(result)})" if report.result.schemes else "weights in 16 bit"
+    text = f"{sizes}, {_loss(report.quality)}"
     failed = sum(not gate.passed for gate in report.gates)
     return f"{text}; {failed} of {len(report.gates)} gates FAILED" if failed else text
 

@@ -82,11 +82,13 @@ def serve_facts(
     model_type: str = "",
     factory: str | None = None,
     kv: KvFacts | None = None,
+    max_length: int | None = None,
 ) -> Serve:
     """The command that serves the checkpoint at ``path`` (as the user will type it), and its notes.
 
-    Flags for the KV cache only: everything else that the engine needs is in the checkpoint's config.
+    Flags for the KV cache and the length only: all else that the engine needs is in the checkpoint's config.
     ``model_type``: of that config. ``factory``: what makes the model, where transformers does not know it.
+    ``max_length``: tokens that it was made to read, where that is not its source's.
     """
     # An engine would take a leading dash for an option.
     model = f"./{path}" if path.startswith("-") else path
@@ -96,9 +98,9 @@ def serve_facts(
         notes.append(_OWN_MODULES.format(factory=factory))
     if model_type in _ROUTED_ON_INPUT:
         notes += [_OTHER_MODEL.format(label=label) for label in labels if label.startswith("NVFP4")]
-    flags = ""
+    flags = "" if max_length is None else f" --max-model-len {max_length}"
     if kv is not None:
-        flags = f" {kv.flags}" if kv.flags else ""
+        flags += f" {kv.flags}" if kv.flags else ""
         notes += [] if kv.servable else [_OWN_CACHE.format(format=kv.format)]
     return Serve(
         command=f"vllm serve {shell_quote(model)}{flags}", model=model, notes=tuple(dict.fromkeys(notes))

@@ -13,6 +13,15 @@ from rich.text import Text
 
 from compressor.report import rows
 from compressor.report.calibration import CalibrationFacts
+from compressor.report.context import (
+    CONTEXT_COST_HEADS,
+    CONTEXT_HEADS,
+    ContextFacts,
+    context_caption,
+    context_cost_rows,
+    context_notes,
+    context_rows,
+)
 from compressor.report.experts import EXPERT_HEADS, expert_rows
 from compressor.report.kv import (
     KV_HEADS,
@@ -64,6 +73,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
     show.table(("gate", "increase", "allowed", ""), [rows.gate_row(gate) for gate in report.gates])
     show.line(rows.quality_caption(report), style="dim")
 
+    if report.context is not None:
+        _show_context(show, report.context)
+
     if report.calibration is not None:
         _show_calibration(show, report.calibration)
         show.line(rows.calibration_caption(report), style="dim")
@@ -102,6 +114,15 @@ def _show_calibration(show: _Printer, facts: CalibrationFacts) -> None:
     show.table(rows.WORST_OUTPUT_HEADS[first:], worst, left=2 - first)
     show.table(EXPERT_HEADS, expert_rows(facts))
     for note in rows.calibration_notes(facts):
+        show.line(note)
+
+
+def _show_context(show: _Printer, facts: ContextFacts) -> None:
+    show.title("Context")
+    show.table(CONTEXT_HEADS, context_rows(facts))
+    show.table(CONTEXT_COST_HEADS, context_cost_rows(facts))
+    show.line(context_caption(facts), style="dim")
+    for note in context_notes(facts):
         show.line(note)
 
 

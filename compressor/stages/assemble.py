@@ -11,7 +11,7 @@ from compressor.checkpoint.base import Source
 from compressor.checkpoint.hf_config import result_config
 from compressor.checkpoint.safetensors_file import read_header
 from compressor.checkpoint.safetensors_writer import shard_names, write_index
-from compressor.dialects.base import Dialect
+from compressor.dialects.base import Description, Dialect
 from compressor.errors import CheckpointError
 from compressor.model.aliases import linear_aliases
 from compressor.stages.base import Shard
@@ -56,8 +56,10 @@ def assemble(
     write_index(folder, contents, total)
     source.write_side_files(folder)
     claims = [claim for shard in shards for unit in shard.units for claim in unit.claims]
-    described = dialect.describe(modules_of(source, claims, linear_aliases(source)))
-    described = describe_kv(described, dialect, scales)
+    described = Description({}, {})
+    if any(claim.stored is not None for claim in claims):
+        described = dialect.describe(modules_of(source, claims, linear_aliases(source)))
+        described = describe_kv(described, dialect, scales)
     narrowed = any(
         claim.action == "copy" and claim.outputs[0].dtype != claim.tensor.dtype for claim in claims
     )

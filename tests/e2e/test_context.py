@@ -15,6 +15,7 @@ from tests.tiny import tiny_llama
 from .cases import write_recipe
 
 YARN = "context: {method: yarn, target_length: 2048}\n"
+MEASURED = "evaluate: {tokens: 512, context: 128}\n"
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,17 @@ def test_weights_are_those_of_the_source(tmp_path: Path, source: Path) -> None:
     plain = run(tmp_path / "plain", source, "evaluate: null\n")
     scaled = run(tmp_path / "scaled", source, f"{YARN}evaluate: null\n")
     assert (plain / "model.safetensors").read_bytes() == (scaled / "model.safetensors").read_bytes()
+
+
+def test_what_scaling_alone_costs_is_told_apart(tmp_path: Path, source: Path) -> None:
+    """The 16-bit source with and without scaling, beside the whole; where nothing else is done they agree."""
+    both = run(tmp_path / "both", source, f"{YARN}{MEASURED}")
+    alone = run(tmp_path / "alone", source, f"{YARN}{MEASURED}", "{scheme: nvfp4a16, ignore: ['*']}")
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (both, alone)]
+    apart, whole = (report["context"]["cost"] for report in reports)
+    assert (apart["is_all"], whole["is_all"]) == (False, True)
+    assert apart | {"is_all": True} == whole
+    assert reports[0]["quality"]["perplexity"]["result"] != apart["scaled"]
+    assert reports[1]["quality"]["perplexity"]["result"] == whole["scaled"] != whole["source"]
+    assert reports[0]["serve"]["command"].endswith(" --max-model-len 2048")
+    assert "## Context" in (both / "README.md").read_text()

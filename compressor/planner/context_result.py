@@ -1,0 +1,77 @@
+"""The context of a finished run: what its stage wrote, compared with the source, and what it costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.report.context import ContextFacts, ScalingCost, WrittenField
+from compressor.stages.context import read_scaled
+
+if TYPE_CHECKING:
+    from compressor.planner.plan import Plan
+
+
+def context_facts(plan: Plan, folder: Path, evaluated: Mapping[str, Any]) -> ContextFacts:
+    """The report's part.
+
+    Args:
+        plan: of the run, with a section ``context``.
+        folder: of the finished stage ``context``.
+        evaluated: facts of the stage ``evaluate``.
+
+    Raises:
+        CheckpointError: what the stage wrote cannot be read.
+    """
+    assert plan.context is not None
+    scaled, spec = read_scaled(folder), plan.context.job.spec
+    return ContextFacts(
+        method=spec.method,
+        factor=scaled.factor,
+        original_length=plan.context.original_length,
+        target_length=spec.target_length,
+        length=scaled.length,
+        fields=tuple(written_fields(plan.source.config, scaled.config)),
+        notes=scaled.notes,
+        cost=_cost(evaluated),
+    )
+
+
+def _cost(evaluated: Mapping[str, Any]) -> ScalingCost | None:
+    """Of scaling alone: measured apart, or the whole evaluation where nothing else was changed."""
+    evaluation = evaluated["evaluation"]
+    if evaluation is None:
+        return None
+    apart = evaluated.get("scaling")
+    measured = evaluation if apart is None else apart
+    perplexity = measured["perplexity"]
+    interval = perplexity["increase_ci95"]
+    return ScalingCost(
+        source=perplexity["source"],
+        scaled=perplexity["result"],
+        increase=perplexity["increase"],
+        increase_ci95=tuple(interval) if interval else None,
+        tokens=measured["tokens"],
+        context=measured["context"],
+        text=evaluation["text"],
+        is_all=apart is None,
+    )
+
+
+def written_fields(
+    before: Mapping[str, Any], after: Mapping[str, Any], above: str = ""
+) -> Iterator[WrittenField]:
+    """Fields of config.json that differ, objects field by field, in the order of their names."""
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        name = f"{above}{key}"
+        if isinstance(new, Mapping) and (isinstance(old, Mapping) or old is None):
+            yield from written_fields(old or {}, new, f"{name}.")
+        elif key not in after or key not in before or old != new:
+            yield WrittenField(name=name, before=_told(before, key), after=_told(after, key))
+
+
+def _told(config: Mapping[str, Any], key: str) -> str:
+    return json.dumps(config[key]) if key in config else "-"

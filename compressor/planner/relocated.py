@@ -1,0 +1,32 @@
+"""The recipe of a run as the copy in its output folder says it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.recipe.mixtures import seen_from
+from compressor.recipe.model import Recipe
+
+if TYPE_CHECKING:
+    from compressor.planner.plan import Plan
+
+
+def recipe_seen_from(folder: Path, plan: Plan) -> Recipe:
+    """The recipe with relative files named from ``folder``, so that the copy exported there runs too."""
+    recipe = plan.loaded.recipe
+    source = recipe.model.source
+    local = plan.source.model_dir() if plan.source.revision is None else None
+    if local is not None and not source.startswith("pkg:") and not Path(source).is_absolute():
+        moved = os.path.relpath(local / (plan.source.gguf_file() or ""), folder)
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": moved})})
+    spec = plan.evaluation
+    given = recipe.evaluate is not None and not Path(recipe.evaluate.text).is_absolute()
+    if recipe.evaluate is not None and spec is not None and given and not spec.text_is_shipped:
+        moved = os.path.relpath(spec.text, folder)
+        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"text": moved})})
+    if plan.calibration is not None:
+        seen = seen_from(folder, recipe.calibration, plan.calibration)
+        recipe = recipe.model_copy(update={"calibration": seen})
+    return recipe
