@@ -13,7 +13,6 @@ from compressor.calibration.pinned import pinned
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.dequantized import DequantizedSource
-from compressor.checkpoint.kept import KeptSource
 from compressor.checkpoint.sources import open_source
 from compressor.dialects import DIALECTS
 from compressor.dialects.base import Dialect
@@ -21,8 +20,8 @@ from compressor.errors import PlanError, UserError
 from compressor.evals.base import EvalSpec
 from compressor.model.families import family_for
 from compressor.planner.bounds import Parts, predict_bounded
-from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers, unmeasured
-from compressor.planner.claims import claim_tensors
+from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers
+from compressor.planner.claimed import claimed, placed, solving_faults
 from compressor.planner.context import (
     ContextPlan,
     configured_source,
@@ -32,16 +31,15 @@ from compressor.planner.context import (
 )
 from compressor.planner.evaluated import evaluation_spec
 from compressor.planner.faults import collect
-from compressor.planner.kept import kept_faults
 from compressor.planner.keys import own_stages
 from compressor.planner.kv_bytes import full_context
 from compressor.planner.kv_choice import KvOption
 from compressor.planner.kv_job import KvStage, kv_weights_source, plan_kv_stage
 from compressor.planner.kv_planned import KvPlanned, plan_kv, section_options
 from compressor.planner.layout import group_units, pack_shards
-from compressor.planner.learned import learned_on_one_row, learned_twice
+from compressor.planner.learned import learned_on_one_row
 from compressor.planner.made import as_made
-from compressor.planner.oneshot import OneshotPlan, oneshot_faults, plan_oneshot
+from compressor.planner.oneshot import OneshotPlan, plan_oneshot
 from compressor.planner.pictured import image_faults
 from compressor.planner.places import check_disk, check_places
 from compressor.planner.polished import PolishPlan, check_polish, plan_polish
@@ -162,8 +160,8 @@ def make_plan(
     source = configured_source(context, given)
     evaluation = collect(faults, lambda: evaluation_spec(loaded, full_context(source.config)))
     family, dialect = family_for(source.config), DIALECTS[recipe.export.format]
-    claims, warnings = settle_solvers(_claims(loaded, given, source, dialect, faults))
-    faults += _solving_faults(claims, source, dialect, polished=recipe.weights.polish is not None)
+    claims, warnings = settle_solvers(claimed(loaded, given, source, dialect, faults))
+    faults += solving_faults(claims, source, dialect, polished=recipe.weights.polish is not None)
     kv = None if recipe.kv_cache is None else plan_kv(recipe.kv_cache, source.config, faults, warnings)
     calibration = _calibration(loaded, source, claims, evaluation, kv, faults, warnings, planning)
     oneshot = None if calibration is None else plan_oneshot(claims, calibration, source.config)
@@ -206,7 +204,7 @@ def make_plan(
     if not planning:
         check_disk(prediction, source, output, space, own_stages(plan), faults)
     if faults:
-        raise PlanError(_placed(faults, loaded))
+        raise PlanError(placed(faults, loaded))
     return plan
 
 
@@ -232,52 +230,6 @@ def _context(loaded: LoadedRecipe, source: Source, faults: list[UserError]) -> C
     """How positions are scaled, if so; adds to ``faults`` why they cannot be."""
     section = loaded.recipe.context
     return None if section is None else collect(faults, lambda: plan_context(section, source))
-
-
-def _claims(
-    loaded: LoadedRecipe, given: Source, source: Source, dialect: Dialect, faults: list[UserError]
-) -> list[Claim]:
-    """The claims on a source.
-
-    Args:
-        loaded: the recipe.
-        given: the source as it was opened, which knows what it keeps.
-        source: as stages read it.
-        dialect: how the result is spelled.
-        faults: found so far.
-
-    Raises:
-        PlanError: there are faults: nothing more can be planned.
-    """
-    kept = given.kept if isinstance(given, KeptSource) else {}
-    family, recipe = family_for(source.config), loaded.recipe
-    claims = collect(
-        faults,
-        lambda: claim_tensors(
-            source.headers,
-            source.config,
-            family,
-            recipe.weights,
-            dialect,
-            kept,
-            may_copy_all=recipe.context is not None,
-        ),
-    )
-    if claims is None or faults:
-        raise PlanError(_placed(faults, loaded))
-    return claims
-
-
-def _solving_faults(
-    claims: Sequence[Claim], source: Source, dialect: Dialect, *, polished: bool
-) -> list[UserError]:
-    """Schemes, solvers and what is kept that do not go together."""
-    return [
-        *unmeasured(claims),
-        *kept_faults(claims, dialect, polished=polished),
-        *learned_twice(claims),
-        *oneshot_faults(claims, source, polished=polished),
-    ]
 
 
 def _calibration(
@@ -380,14 +332,6 @@ def _kv_stage(
     if stage.walk is not None and not any(needs_data(claim) for claim in claims):
         faults += walk_faults(claims, source.config, source.label)
     return stage
-
-
-def _placed(faults: list[UserError], loaded: LoadedRecipe) -> list[UserError]:
-    """The same faults, with file:line:column in the place of recipe keys."""
-    return [
-        UserError(fault.what, where=loaded.places.get(fault.where, fault.where), fix=fault.fix)
-        for fault in faults
-    ]
 
 
 def _warnings(loaded: LoadedRecipe, source: Source, result_bytes: int) -> list[str]:

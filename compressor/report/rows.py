@@ -57,7 +57,9 @@ def headline(report: Report) -> str:
     """One sentence: how much smaller, at what loss."""
     source, result = report.source.bytes, report.result.bytes
     smaller = f"{number(source / result, 2)}x smaller" if result else "no tensors"
-    sizes = f"{smaller} ({size(source)} -> {size(result)})" if report.result.schemes else "weights in 16 bit"
+    sizes = f"{smaller} ({size(source)} -> {size(result)})"
+    if source == result and not report.result.schemes:
+        sizes = f"weights in 16 bit ({size(result)})"
     text = f"{sizes}, {_loss(report.quality)}"
     failed = sum(not gate.passed for gate in report.gates)
     return f"{text}; {failed} of {len(report.gates)} gates FAILED" if failed else text
