@@ -9,6 +9,7 @@ from compressor.checkpoint.base import Source, fetched_files
 from compressor.errors import UserError
 from compressor.evals.base import EvalSpec
 from compressor.planner.calibrated import WalkPlan
+from compressor.planner.context_search import SearchPlan
 from compressor.planner.disk import bounded
 from compressor.planner.kv_job import KvStage
 from compressor.planner.oneshot import OneshotPlan
@@ -28,6 +29,7 @@ class Parts:
     oneshot: OneshotPlan | None
     polish: PolishPlan | None
     kv: KvStage | None
+    search: SearchPlan | None = None
 
     @property
     def needs_whole(self) -> str:
@@ -37,6 +39,7 @@ class Parts:
             "solver llmcompressor": self.oneshot,
             "weights.polish": self.polish,
             "kv_cache": self.kv and self.kv.walk,
+            "context.search": self.search,
         }
         return ", ".join(name for name, part in parts.items() if part is not None)
 
@@ -59,7 +62,7 @@ def predict_bounded(
     download = 0 if files is None else sum(files.file_bytes.values())
     units = [unit for shard in shards for unit in shard.units]
     prediction = predict(claims, units, source.config, download)
-    for part in (parts.walk, parts.oneshot, parts.polish, parts.kv):
+    for part in (parts.walk, parts.oneshot, parts.polish, parts.kv, parts.search):
         if part is not None:
             prediction = part.add_to(prediction)
     check_memory(prediction.peak_rss_bytes, claims, parts.evaluation, bounds.max_memory_bytes, faults)

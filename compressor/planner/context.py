@@ -11,9 +11,12 @@ from compressor.checkpoint.made_by import FactorySource
 from compressor.checkpoint.reconfigured import ReconfiguredSource
 from compressor.errors import UserError
 from compressor.evals.base import EvalSpec
+from compressor.planner.context_search import SearchPlan, plan_search
 from compressor.recipe.context import ContextSection
+from compressor.recipe.load import LoadedRecipe
 from compressor.rope.positions import read_positions
 from compressor.rope.scaled import scaled_config
+from compressor.rope.search import SearchSpace
 from compressor.stages.base import Claim
 from compressor.stages.context import ContextJob
 from compressor.workspace import stage_key
@@ -30,11 +33,13 @@ class ContextPlan:
         original_length: tokens that the source was trained at.
         measured_tokens: on which the evaluation will tell what scaling alone costs, or 0 where nothing else
             is changed, or nothing measured.
+        search: for factors, or None.
     """
 
     job: ContextJob
     original_length: int
     measured_tokens: int = 0
+    search: SearchPlan | None = None
 
     def source(self, source: Source) -> ReconfiguredSource:
         """The source under the config that is planned."""
@@ -53,6 +58,7 @@ class ContextPlan:
             f"{self.original_length:,} -> {scaled.length:,} tokens, {spec.method}, factor "
             f"{scaled.factor:g}{smallest}",
             *scaled.notes,
+            *(self.search.described() if self.search else ()),
         ]
         if self.measured_tokens:
             lines.append(
@@ -78,15 +84,17 @@ class ContextPlan:
             "is_smallest_factor": self.is_smallest,
             "measured_tokens": self.measured_tokens,
             "notes": list(scaled.notes),
+            "search": self.search and self.search.to_json(),
         }
 
 
-def plan_context(section: ContextSection, source: Source) -> ContextPlan:
-    """The section against the source.
+def plan_context(section: ContextSection, source: Source, loaded: LoadedRecipe) -> ContextPlan:
+    """The section against the source; ``loaded`` is the recipe that it is of.
 
     Raises:
         UserError: its positions cannot be scaled so.
         CheckpointError: its config has no rotary positions.
+        PlanError: factors cannot be searched on the files that it names.
     """
     if isinstance(source, FactorySource):
         raise UserError(
@@ -95,12 +103,20 @@ def plan_context(section: ContextSection, source: Source) -> ContextPlan:
             fix="remove the section, and set the arguments in config.json",
         )
     spec = section.spec()
-    scaled = scaled_config(source.config, spec)
+    search, first = None, spec
+    if section.search is not None:
+        space = SearchSpace.of(source.config, spec)
+        search = plan_search(section.search, loaded, space, spec)
+        # The lengths are what everything is planned by, and they are the same whatever is found.
+        first = space.seeds()[0].context(spec)
+    scaled = scaled_config(source.config, first)
     positions = read_positions(source.config)
     stated = positions.length if positions.rope_type == "default" else positions.original_length
     original = spec.original_length or stated
     assert original is not None, "scaled_config refuses a length that nobody tells"
-    return ContextPlan(ContextJob(spec, scaled), original)
+    return ContextPlan(
+        ContextJob(spec, scaled, None if search is None else search.spec), original, search=search
+    )
 
 
 def configured_source(context: ContextPlan | None, source: Source) -> Source:
@@ -116,6 +132,7 @@ def context_key(context: ContextPlan | None, fingerprint: str) -> str:
 def settled_context(
     context: ContextPlan | None,
     claims: Sequence[Claim],
+    config: dict[str, Any],
     evaluation: EvalSpec | None,
     warnings: list[str],
     *,
@@ -127,6 +144,9 @@ def settled_context(
     """
     if context is None:
         return None
+    if context.search is not None:
+        context = replace(context, search=context.search.costed(claims, config))
+        warnings += context.search.warnings() if context.search else []
     scaled, target = context.job.scaled, context.job.spec.target_length
     if not context.is_smallest:
         warnings.append(

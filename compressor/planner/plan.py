@@ -169,9 +169,10 @@ def make_plan(
     polish = None if walk is None else _polish(loaded, source, walk, claims, faults, warnings)
     kv_stage = _kv_stage(loaded, source, claims, kv, calibration, dialect, oneshot is not None, faults)
     folds = kv_stage is not None and kv_stage.job.folds
-    context = settled_context(context, claims, evaluation, warnings, changed=folds)
+    context = settled_context(context, claims, source.config, evaluation, warnings, changed=folds)
     shards = tuple(pack_shards(group_units(claims), recipe.export.max_shard_bytes))
-    parts = Parts(evaluation, walk, oneshot, polish, kv_stage)
+    search = None if context is None else context.search
+    parts = Parts(evaluation, walk, oneshot, polish, kv_stage, search)
     prediction, evicts = predict_bounded(recipe.workspace, source, claims, shards, parts, faults, warnings)
     warnings[:0] = _warnings(loaded, given, prediction.result_bytes)
     warnings += dialect.warnings(modules_of(source, claims))
@@ -229,7 +230,7 @@ def _open(
 def _context(loaded: LoadedRecipe, source: Source, faults: list[UserError]) -> ContextPlan | None:
     """How positions are scaled, if so; adds to ``faults`` why they cannot be."""
     section = loaded.recipe.context
-    return None if section is None else collect(faults, lambda: plan_context(section, source))
+    return None if section is None else collect(faults, lambda: plan_context(section, source, loaded))
 
 
 def _calibration(

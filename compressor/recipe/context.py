@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from compressor.recipe.context_search import SearchSection
 from compressor.recipe.fields import Window, no_bool
 from compressor.recipe.section import Section, blamed, is_none
 from compressor.rope.spec import ContextSpec, Method
@@ -39,13 +40,22 @@ class ContextSection(Section):
         description="Of longrope: what each frequency is divided by, the highest frequency first; half as "
         "many as a head has rotated elements.",
     )
+    search: SearchSection | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="Of longrope: how the factors are found, where they are not given.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ContextSection:
         if self.factors is not None and self.method != "longrope":
             raise blamed(("factors",), f"factors go with longrope only; {self.method} computes its own")
-        if self.method == "longrope" and self.factors is None:
-            raise blamed(("method",), "longrope needs its factors beside it")
+        if self.search is not None and self.method != "longrope":
+            raise blamed(("search",), f"a search goes with longrope only; {self.method} computes its factors")
+        if self.search is not None and self.factors is not None:
+            raise blamed(("search",), "the factors are given: there is nothing to search")
+        if self.method == "longrope" and self.factors is None and self.search is None:
+            raise blamed(("method",), "longrope needs its factors beside it, or a search for them")
         if self.original_length is not None and self.original_length >= self.target_length:
             what = f"is not below the target_length of {self.target_length}: there is nothing to extend"
             raise blamed(("original_length",), what)

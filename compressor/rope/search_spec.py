@@ -11,7 +11,9 @@ Objective = Literal["perplexity", "needle"]
 
 POPULATION, GENERATIONS = 16, 8
 SEARCH_DOCUMENTS, ACCEPT_DOCUMENTS = 2, 4
-NEEDLES = 4
+NEEDLES, MOST_NEEDLES = 4, 8
+# Of a document, to see what factors cost within the original length: little time beside the whole.
+STRETCHES = 4
 # 0.2% of perplexity.
 SHORT_SLACK = 0.002
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from compressor.checkpoint.base import Source
 from compressor.checkpoint.reconfigured import ReconfiguredSource
 from compressor.errors import CheckpointError
 from compressor.progress import Progress
+from compressor.rope.scaled import scaled_config
+from compressor.rope.search_spec import SearchSpec
 from compressor.rope.spec import ContextSpec, ScaledConfig
+from compressor.stages.context_search import RECORD_NAME, search_factors
 from compressor.workspace import write_json
 
 SCALED_NAME = "scaled_config.json"
@@ -24,24 +27,37 @@ class ContextJob:
 
     Attributes:
         spec: what the recipe asks for.
-        scaled: the config that the plan made of it.
+        scaled: the config that the plan made of it; where factors are searched, of the same lengths.
+        search: how the factors are searched, or None.
     """
 
     spec: ContextSpec
     scaled: ScaledConfig
+    search: SearchSpec | None = None
 
     @property
     def content(self) -> dict[str, Any]:
         """JSON-able: what the result depends on, however the recipe spells it."""
-        return {"config": self.scaled.config, "length": self.scaled.length}
+        told = {"config": self.scaled.config, "length": self.scaled.length}
+        return told if self.search is None else told | {"search": self.search.content}
 
 
 def context_stage(source: Source, job: ContextJob, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Leaves ``scaled_config.json`` in ``folder``; facts for the report: ``resumed``, ``context``."""
-    scaled = job.scaled
+    """Leaves ``scaled_config.json`` in ``folder``; facts for the report: ``resumed``, ``context``.
+
+    Where factors are searched, ``context`` holds ``search``: what ``Found.facts`` says, with ``accepted`` and
+    ``reason``. Errors as ``search_factors``.
+    """
+    scaled, facts, resumed = job.scaled, dict[str, Any](), False
+    if job.search is not None:
+        resumed = (folder / RECORD_NAME).is_file()
+        found = search_factors(source, job.spec, job.search, folder, progress)
+        scaled = scaled_config(source.config, found.context)
+        scaled = replace(scaled, notes=(found.reason, *scaled.notes))
+        facts = {"search": found.facts | {"accepted": found.accepted, "reason": found.reason}}
     write_json(folder / SCALED_NAME, asdict(scaled))
     progress.log(f"context: {source.label} is read up to {scaled.length:,} tokens")
-    return {"resumed": False, "context": {}}
+    return {"resumed": resumed, "context": facts}
 
 
 def reconfigured(source: Source, folder: Path) -> ReconfiguredSource:

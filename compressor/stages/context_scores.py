@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.checkpoint.base import Source
 from compressor.errors import CheckpointError
 from compressor.progress import Progress
-from compressor.rope.search_spec import SearchSpec
+from compressor.rope.search_spec import STRETCHES, SearchSpec
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 # What a candidate scores whose logits are not finite: worse than any, and JSON.
 _BROKEN = 1e6
-# Of a document, to see what factors cost within the original length: they take little time beside the whole.
-_STRETCHES = 4
 
 
 @dataclass(frozen=True)
@@ -143,12 +141,12 @@ def past_texts(
 
 
 def _stretches(ids_T: torch.Tensor, first: int | None, length: int) -> tuple[torch.Tensor, ...]:
-    """``_STRETCHES`` of ``length`` tokens evenly over the text, or as many as it has."""
+    """``STRETCHES`` of ``length`` tokens evenly over the text, or as many as it has."""
     import torch
 
     ahead = 0 if first is None else 1
     body_T, wanted = ids_T[ahead:], length - ahead
-    count = min(_STRETCHES, len(body_T) // wanted)
+    count = min(STRETCHES, len(body_T) // wanted)
     step = (len(body_T) - wanted) // max(1, count - 1)
     starts = range(0, count * step, step) if count > 1 else (0,)
     return tuple(torch.cat([ids_T[:ahead], body_T[start : start + wanted]]) for start in starts)

@@ -1,0 +1,202 @@
+"""What a plan says of a search for factors: its files, whether they are long enough, and its time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compressor import data
+from compressor.device import available_device_bytes, available_memory_bytes
+from compressor.errors import PlanError, UserError
+from compressor.model.families import text_config
+from compressor.planner.predict import BASE_RSS_BYTES, Prediction
+from compressor.planner.sizes import DTYPE_BYTES, Device, active_parameters, hidden_size, planned_device
+from compressor.recipe.context_search import SearchSection
+from compressor.recipe.load import LoadedRecipe
+from compressor.report.words import duration
+from compressor.rope.search import SearchSpace
+from compressor.rope.search_spec import STRETCHES, SearchSpec
+from compressor.rope.spec import ContextSpec
+from compressor.stages.base import Claim
+
+_WHERE = "context.search"
+# Floating-point operations a second. CPU: a core or two in passes of SmolLM2-135M over 16,384 tokens;
+# accelerators: a fifth of an H100's peak in bfloat16, not measured.
+_FLOPS = {"cpu": 9e10, "cuda": 2e14}
+# Activations of a pass in hidden states of all tokens, and the logits of some.
+_HIDDEN_STATES = 16
+_LOGIT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """The search of a plan.
+
+    Attributes:
+        spec: how it searches.
+        device: ``cpu`` or ``cuda``; results differ in the last bits.
+        tokens: of each document.
+        original_length: of the model.
+        candidates: that are scored, at most.
+        held_bytes: of memory, on the device that computes.
+        time_s: that it takes.
+    """
+
+    spec: SearchSpec
+    device: Device
+    tokens: int
+    original_length: int
+    candidates: int
+    held_bytes: int = 0
+    time_s: float = 0.0
+
+    def add_to(self, prediction: Prediction) -> Prediction:
+        """The prediction with memory and time of the search."""
+        rss = BASE_RSS_BYTES + (self.held_bytes if self.device == "cpu" else 0)
+        return replace(
+            prediction,
+            peak_rss_bytes=max(prediction.peak_rss_bytes, rss),
+            time_s=prediction.time_s + self.time_s,
+        )
+
+    def described(self) -> tuple[str, ...]:
+        """Lines for people."""
+        spec = self.spec
+        return (
+            f"factors: searched by {spec.objective} on {spec.search_documents} documents of {self.tokens:,} "
+            f"tokens, {self.candidates} candidates in {spec.generations} generations, about "
+            f"{duration(self.time_s)} on this machine",
+            f"they are taken where they beat YaRN on {spec.accept_documents} other documents and cost short "
+            "ones no more; else YaRN is",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able, for ``compress plan --json``."""
+        return self.spec.content | {
+            "device": self.device,
+            "tokens": self.tokens,
+            "candidates": self.candidates,
+            "held_bytes": self.held_bytes,
+            "time_s": self.time_s,
+        }
+
+    def warnings(self) -> list[str]:
+        """Whether this machine's memory looks too small."""
+        free = available_device_bytes() if self.device == "cuda" else available_memory_bytes()
+        if self.held_bytes <= free:
+            return []
+        return [
+            f"{_WHERE} holds the model and a document of {self.tokens:,} tokens, about "
+            f"{self.held_bytes / 1e9:.1f} GB; this machine has {free / 1e9:.1f} GB free"
+        ]
+
+    def costed(self, claims: Sequence[Claim], config: dict[str, Any]) -> SearchPlan:
+        """With memory and time, of a model with these tensors."""
+        spec = self.spec
+        each = _pass_flops(claims, config, self.tokens)
+        each += STRETCHES * _pass_flops(claims, config, self.original_length)
+        scored = self.candidates * spec.search_documents + 2 * spec.accept_documents
+        if spec.objective == "needle":
+            scored += 2 * spec.accept_documents
+        width = DTYPE_BYTES["bfloat16" if self.device == "cuda" else "float32"]
+        weights = sum(claim.tensor.numel for claim in claims)
+        states = _HIDDEN_STATES * self.tokens * hidden_size(config)
+        return replace(
+            self,
+            held_bytes=width * (weights + states) + _LOGIT_BYTES,
+            time_s=scored * each / _FLOPS[self.device],
+        )
+
+
+def plan_search(
+    section: SearchSection, loaded: LoadedRecipe, space: SearchSpace, context: ContextSpec
+) -> SearchPlan:
+    """The section with its files found and checked; memory and time come by ``costed``.
+
+    Raises:
+        PlanError: a file is missing, too short for sure, or also what the result is measured on.
+    """
+    faults: list[UserError] = []
+    evaluated = _evaluated(loaded)
+    found: dict[str, tuple[Path, str]] = {}
+    counts = {"documents": section.search_documents, "held_out": section.accept_documents}
+    if section.held_out is None:
+        counts = {"documents": section.search_documents + section.accept_documents}
+    for key, count in counts.items():
+        try:
+            found[key] = _file(getattr(section, key), loaded.folder, f"{_WHERE}.{key}")
+            _check(found[key], count * space.original_length, evaluated, f"{_WHERE}.{key}")
+        except UserError as error:
+            faults.append(error)
+    if len(found) == 2 and found["documents"][1] == found["held_out"][1]:
+        what = "is the text that factors are searched on"
+        faults.append(UserError(what, where=f"{_WHERE}.held_out", fix="leave it out, or name another"))
+    tokens = section.tokens or context.target_length
+    if tokens <= space.original_length:
+        what = f"{tokens:,} tokens are not more than the original length, {space.original_length:,}"
+        faults.append(UserError(what, where=f"{_WHERE}.tokens", fix="leave it out, or set it higher"))
+    if faults:
+        raise PlanError(faults)
+    documents, held_out = found["documents"], found.get("held_out")
+    told = section.model_dump(exclude={"documents", "held_out", "seed"})
+    spec = SearchSpec(
+        documents=documents[0],
+        documents_sha256=documents[1],
+        held_out=held_out and held_out[0],
+        held_out_sha256=held_out and held_out[1],
+        seed=loaded.recipe.seed if section.seed is None else section.seed,
+        **told,
+    )
+    candidates = len(space.seeds()) + spec.generations * spec.children
+    return SearchPlan(spec, planned_device(), tokens, space.original_length, candidates)
+
+
+def _file(name: str, beside: Path, where: str) -> tuple[Path, str]:
+    """A file of documents, and the sha256 of its text."""
+    path = data.find(name, beside=beside, what="file of long documents")
+    if not path.is_file():
+        raise UserError("is not a file", where=where, fix="name a file of long documents")
+    return path, data.scan_text(path)[0]
+
+
+def _check(found: tuple[Path, str], tokens: int, evaluated: Mapping[str, str], where: str) -> None:
+    """Raises UserError for a text without half a byte for each of so many tokens, or that is measured on."""
+    path, sha256 = found
+    if sha256 in evaluated:
+        raise UserError(
+            f"is what {evaluated[sha256]} reads: a result must be measured on other texts",
+            where=where,
+            fix="name another file",
+        )
+    if tokens > 2 * (size := data.text_bytes(path)):
+        raise UserError(
+            f"{path.name} has {size:,} bytes; documents with {tokens:,} tokens together are needed at least",
+            where=where,
+            fix="name a larger file, or lower search_documents and accept_documents",
+        )
+
+
+def _evaluated(loaded: LoadedRecipe) -> dict[str, str]:
+    """sha256 of the texts that the result is measured on -> the key that names them; missing ones are faults
+    of that key.
+    """
+    section = loaded.recipe.evaluate
+    if section is None:
+        return {}
+    try:
+        return {data.scan_text(data.find(section.text, beside=loaded.folder))[0]: "evaluate.text"}
+    except (UserError, OSError):
+        return {}
+
+
+def _pass_flops(claims: Sequence[Claim], config: dict[str, Any], tokens: int) -> float:
+    """Of one forward pass over a text: products with weights, and causal attention."""
+    text = text_config(config)
+    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
+    attention = 0.0
+    if isinstance(layers, int) and isinstance(heads, int) and heads > 0:
+        width = text.get("head_dim") or hidden_size(config) // heads
+        attention = 2.0 * layers * heads * width * tokens**2
+    return 2 * active_parameters(claims, config) * tokens + attention
