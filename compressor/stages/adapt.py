@@ -299,8 +299,9 @@ class _Trainer:
         for number in numbers:
             ids_BT, weight_BT = self._sequence(number)
             wait = nullcontext() if number == numbers[-1] else self._accelerator.no_sync(loss_of)
-            with wait:
-                with model.autocast(), _fused_attention(self.device):
+            # On the way back too: blocks that are recomputed must find the kernels that ran before.
+            with wait, _fused_attention(self.device):
+                with model.autocast():
                     loss, plain = loss_of(ids_BT, weight_BT)
                 self._accelerator.backward(loss * share)
             total += float(plain) * share

@@ -36,14 +36,13 @@ from compressor.rope.search_spec import SearchSpec
 from compressor.rope.spec import ContextSpec, ScaledConfig
 from compressor.stages.adapt import AdaptSpec, adapt_stage
 from compressor.stages.context_search import search_factors
-from compressor.workspace import file_sha256
+from compressor.workspace import file_sha256, write_json
 from scripts.benchmarks.process import SOURCE, Failed, bf16_folder
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-METHODS = ("linear", "ntk", "yarn")
 WINDOW, NONE, SEARCH = "window", "none", "search"
 STRIDES = 8  # of a window
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -88,18 +87,23 @@ class _Bench:
     def read(
         self, name: str, model: PreTrainedModel, *, sliding: bool = False, needles: bool = False
     ) -> None:
-        """Measures all documents, and where asked what is found in texts."""
+        """Measures all documents, and where asked what is found in texts.
+
+        What there is so far is written to the work folder: hours on a GPU may end early.
+        """
         began = time.monotonic()
         window = Sliding(self.trained, self.trained // STRIDES) if sliding else None
         self.nll_NP[name] = measure(model, self.documents, sliding=window, progress=self.progress, label=name)
         if needles:
             self.cells[name] = self._found(model)
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        write_json(self.options.work / f"context-x{self.factor}.json", self.result(self.by_position(name)))
+        means = (f"{bucket.nll[name]:.3f}" for bucket in self.by_position(name).buckets)
+        print(f"{name}: {' '.join(means)} ({time.monotonic() - began:.0f} s)", flush=True)
 
     def _found(self, model: PreTrainedModel) -> tuple[FoundCell, ...]:
         cells: list[FoundCell] = []
-        for kind in long_needle.KINDS:
-            for tokens in sorted({self.trained, self.target}):
+        for kind in self.options.kinds:
+            for tokens in sorted({self.target} if self.options.few else {self.trained, self.target}):
                 hidden = long_needle.hide(
                     self.tokenizer,
                     kind,
@@ -147,7 +151,7 @@ class _Bench:
     def adapted(self, name: str, source: Source, length: int, steps: int, folder: Path) -> Source:
         """The source after training at ``length``; a run that was killed goes on."""
         began = time.monotonic()
-        folder = folder / name.replace(" ", "")
+        folder = folder / name.replace(" ", "").replace("+", "")
         folder.mkdir(parents=True, exist_ok=True)
         path = find(self.options.long_train)
         spec = AdaptSpec(
@@ -175,19 +179,22 @@ class _Bench:
         )
         return AdaptedSource(source, folder, name)
 
-    def result(self) -> tuple[LongText, dict[str, Any]]:
-        """Everything against the sliding window."""
-        text = by_position(
+    def by_position(self, reference: str) -> LongText:
+        """Everything against one of them."""
+        return by_position(
             self.nll_NP,
             bucket_edges(self.trained, self.target),
             names=self.documents.names,
-            reference=WINDOW,
+            reference=reference,
             window=self.trained,
             stride=self.trained // STRIDES,
             dtype="bfloat16" if pick_device().type == "cuda" else "float32",
         )
+
+    def result(self, text: LongText) -> dict[str, Any]:
+        """JSON-able."""
         cells = {name: [asdict(cell) for cell in found] for name, found in self.cells.items()}
-        return text, {"target": self.target, "text": text.to_json(), "needles": cells, **self.facts}
+        return {"target": self.target, "text": text.to_json(), "needles": cells, **self.facts}
 
 
 def context(options: argparse.Namespace) -> dict[str, Any]:
@@ -198,7 +205,8 @@ def context(options: argparse.Namespace) -> dict[str, Any]:
         print(f"\nx{factor}: {len(bench.documents.names)} documents of {bench.target:,} tokens", flush=True)
         folder = options.work / f"context-x{factor}"
         _measure(bench, folder)
-        text, results[f"x{factor}"] = bench.result()
+        text = bench.by_position(WINDOW)
+        results[f"x{factor}"] = bench.result(text)
         print(f"\n{render(text, bench.cells)}", flush=True)
     told = {
         name: getattr(options, name)
@@ -212,7 +220,7 @@ def _measure(bench: _Bench, folder: Path) -> None:
     model = bench.loaded(source)
     bench.read(WINDOW, model, sliding=True)
     bench.read(NONE, model)
-    for method in METHODS:
+    for method in options.methods:
         with positions_of(model, bench.scaled(bench.context(method)).config, source.label):
             bench.read(method, model, needles=method == "yarn")
     chosen = bench.context("yarn")
@@ -222,19 +230,23 @@ def _measure(bench: _Bench, folder: Path) -> None:
         chosen = bench.search(folder / "search")
         model = bench.loaded(source)
         with positions_of(model, bench.scaled(chosen).config, source.label):
-            bench.read(SEARCH, model, needles=True)
+            bench.read(SEARCH, model, needles=not options.few)
     del model
     if not options.adapter_steps:
         return
     scaled = bench.scaled(chosen)
-    longer = ReconfiguredSource(source, dict(scaled.config), scaled.length)
-    name = f"{chosen.method} + adapter"
-    model = bench.loaded(bench.adapted(name, longer, bench.target, options.adapter_steps, folder))
-    bench.read(name, model, needles=True)
-    del model
+    last: Source = ReconfiguredSource(source, dict(scaled.config), scaled.length)
+    lengths = options.adapter_lengths or [bench.target]
+    for length, steps in zip(lengths, options.adapter_steps, strict=True):
+        name = f"+ adapter {length:,}"
+        last = bench.adapted(name, last, length, steps, folder)
+        model = bench.loaded(last)
+        bench.read(name, model, needles=length == lengths[-1])
+        del model
     if options.control:
         # The same tokens in shorter sequences.
-        name, steps = f"{WINDOW} + adapter", options.adapter_steps * bench.factor
+        tokens = sum(length * steps for length, steps in zip(lengths, options.adapter_steps, strict=True))
+        name, steps = f"{WINDOW} + adapter", tokens // bench.trained
         model = bench.loaded(bench.adapted(name, source, bench.trained, steps, folder))
         bench.read(name, model, sliding=True)
 
