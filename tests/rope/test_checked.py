@@ -15,7 +15,7 @@ from compressor.rope.positions import read_positions
 from compressor.rope.refusals import ENGINES, method_refusal
 from compressor.rope.scaled import scaled_config
 from tests.rope.test_refusals import LLAMA31, YARN
-from tests.rope.test_scaled import ALL, FAMILIES, LLAMA, _spec
+from tests.rope.test_scaled import ALL, FAMILIES, LLAMA, spec_of
 from tests.tiny import tiny_llama
 
 LONG = {
@@ -85,7 +85,7 @@ def test_good_ones() -> None:
         assert check_positions(config) == ()
         for method in ALL:
             if not method_refusal(read_positions(config), method, ENGINES):
-                result = scaled_config(config, _spec(config, method)).config
+                result = scaled_config(config, spec_of(config, method)).config
                 if (method, config["model_type"]) not in {("longrope", "phi3"), ("longrope", "phimoe")}:
                     assert check_positions(result) == (), (config["model_type"], method)
 

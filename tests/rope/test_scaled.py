@@ -100,7 +100,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 ALL: tuple[Method, ...] = ("linear", "ntk", "yarn", "longrope", "llama3")
 
 
-def _spec(config: dict[str, Any], method: Method, target: int = 20000, **asked: Any) -> ContextSpec:
+def spec_of(config: dict[str, Any], method: Method, target: int = 20000, **asked: Any) -> ContextSpec:
     """Of a method; LongRoPE's factors are YaRN's, stretched, so that no two are equal."""
     positions = read_positions(config)
     if method == "longrope" and "factors" not in asked:
@@ -156,7 +156,7 @@ def test_transformers_reads_it(
 ) -> None:
     """The frequencies and multipliers that were meant, from config.json alone, and nothing to warn of."""
     config = FAMILIES[name]
-    spec = _spec(config, method)
+    spec = spec_of(config, method)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     result = scaled_config(config, spec)
     rotary, text = _rotary(tmp_path, result.config)
@@ -192,7 +192,7 @@ def test_nothing_else_changes(name: str, method: Method) -> None:
     """The source's config is left alone; every field but those of the positions is kept."""
     config = FAMILIES[name]
     before = copy.deepcopy(config)
-    result: dict[str, Any] = scaled_config(config, _spec(config, method)).config
+    result: dict[str, Any] = scaled_config(config, spec_of(config, method)).config
     assert config == before
     json.dumps(result)
     changed = {"rope_parameters", "max_position_embeddings", "original_max_position_embeddings"}
@@ -259,7 +259,7 @@ def test_original_length_below_the_config() -> None:
 
 def test_longrope_fields() -> None:
     """Equal short and long factors where no engine switches; both multipliers of both engines."""
-    spec = _spec(LLAMA, "longrope", 32768)
+    spec = spec_of(LLAMA, "longrope", 32768)
     parameters: Any = scaled_config(LLAMA, spec).config["rope_parameters"]
     assert parameters["short_factor"] == parameters["long_factor"] == list(spec.factors or ())
     multiplier = methods.longrope_multiplier(4.0, 8192)
@@ -267,7 +267,7 @@ def test_longrope_fields() -> None:
     for key in ("attention_factor", "short_mscale", "long_mscale"):
         assert parameters[key] == multiplier, key
     phi = FAMILIES["phi3"]
-    switching: Any = scaled_config(phi, _spec(phi, "longrope", 32768))
+    switching: Any = scaled_config(phi, spec_of(phi, "longrope", 32768))
     assert switching.config["rope_parameters"]["short_factor"] == [1.0] * 32
     assert switching.config["original_max_position_embeddings"] == 8192
     assert any("--max-model-len" in note for note in switching.notes)
