@@ -52,6 +52,7 @@ def _parameters(dims: int, theta: float, factor: float, original: int) -> list[d
     plain = {"rope_theta": theta}
     scaled = plain | {"factor": factor, "original_max_position_embeddings": original}
     yarn = scaled | {"rope_type": "yarn"}
+    third = dims // 6
     factors = [1 + (factor - 1) * i / (dims // 2) for i in range(dims // 2)]
     return [
         plain | {"rope_type": "default"},
@@ -59,6 +60,9 @@ def _parameters(dims: int, theta: float, factor: float, original: int) -> list[d
         yarn,
         yarn | {"beta_fast": 24.0, "beta_slow": 2.0, "attention_factor": 1.25},
         yarn | {"mscale": 0.707, "mscale_all_dim": 1.0, "truncate": False},
+        # DeepSeek's, and that of models with positions of images whose table is no longer than the text.
+        scaled | {"rope_type": "deepseek_yarn", "mscale": 1.0, "mscale_all_dim": 1.0},
+        yarn | {"mrope_section": [dims // 2 - 2 * third, third, third]},
         scaled | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
         # Its multiplier follows from the lengths where nothing names it.
         scaled | {"rope_type": "longrope", "short_factor": [1.0] * (dims // 2), "long_factor": factors},
@@ -70,7 +74,9 @@ def _table(head: int, length: int, parameters: dict[str, Any]) -> torch.Tensor:
     config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=length))
     phi3_long_rope_scaled_rope.get_current_vllm_config = lambda: config
     with set_current_vllm_config(VllmConfig()):
-        rope = get_rope(head, length, rope_parameters=parameters, dtype=torch.float32)
+        rope = get_rope(
+            head, length, rope_parameters=parameters, dtype=torch.float32, mrope_positions_factor=1
+        )
     if parameters["rope_type"] == "longrope":
         return rope.long_short_cos_sin_cache[rope.original_max_position_embeddings :]
     return rope.cos_sin_cache

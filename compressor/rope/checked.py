@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from compressor.errors import CheckpointError
 from compressor.rope.positions import Positions, is_number, read_positions, shown
-from compressor.rope.refusals import SWITCHING
+from compressor.rope.refusals import SWITCHING, yarn_is_misread
 
 _NEEDED = {
     "linear": ("factor",),
@@ -94,6 +94,10 @@ def _scaling(positions: Positions) -> Iterator[Finding]:
         yield from _factor(positions, factor)
     if kind == "longrope":
         yield from _longrope(positions)
+    if kind == "yarn" and yarn_is_misread(positions):
+        yield Finding(
+            "error", "yarn with mrope_section: vLLM takes four times the original length for its blend"
+        )
     if kind == "llama3":
         yield from _llama3(positions)
     if kind == "dynamic":

@@ -16,6 +16,9 @@ ENGINES: tuple[Engine, ...] = ("transformers", "vllm")
 SWITCHING = frozenset({"phi3", "phimoe", "phi4_multimodal"})
 # vLLM 0.32 gives these the YaRN of DeepSeek (models/deepseek_v2.py), and transformers 5.17 the same.
 _LATENT_YARN = frozenset({"deepseek_v2", "deepseek_v3"})
+# vLLM 0.32 makes four times as many positions for videos of other models, and counts YaRN's blend from these
+# (rotary_embedding/mrope.py); of those it does only where videos are pruned (models/qwen3_vl.py).
+_IMAGES_YARN = frozenset({"qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_5_text", "qwen3_5_moe_text"})
 # Their pairs are neighbours, which vLLM 0.32's longrope refuses.
 _NEIGHBOURS = frozenset(
     {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe", "helium", "gptj"}
@@ -61,6 +64,11 @@ def method_refusal(positions: Positions, method: Method, engines: Collection[Eng
         return f"engines scale attention of model_type {kind!r} under YaRN in ways of their own"
     if "mrope_section" in positions.parameters and method not in ("yarn", "ntk"):
         return f"vLLM drops the positions of images (mrope_section) under {method}"
+    if method == "yarn" and yarn_is_misread(positions):
+        return (
+            f"vLLM takes four times the original length for YaRN's blend where model_type {kind!r} has "
+            "positions of images (mrope_section): other frequencies than transformers'"
+        )
     if method != "longrope":
         return ""
     if positions.kind is not None:
@@ -71,6 +79,11 @@ def method_refusal(positions: Positions, method: Method, engines: Collection[Eng
     if kind in _NEIGHBOURS:
         return f"pairs of model_type {kind!r} are neighbouring dimensions, which vLLM's longrope refuses"
     return ""
+
+
+def yarn_is_misread(positions: Positions) -> bool:
+    """Whether vLLM 0.32 makes other frequencies of a model's YaRN than its config says."""
+    return "mrope_section" in positions.parameters and positions.model_type not in _IMAGES_YARN
 
 
 def instead(positions: Positions, engines: Collection[Engine]) -> str:

@@ -66,6 +66,7 @@ def _but(parameters: dict[str, Any], *keys: str, **more: Any) -> dict[str, Any]:
             "error",
             "is not above low_freq_factor",
         ),
+        (_with(YARN | {"mrope_section": [8, 12, 12]}), "error", "four times the original length"),
         (_with(YARN | {"rope_theta": None}), "error", "rope_theta is None"),
     ],
 )

@@ -99,7 +99,7 @@ def test_specs(spec: ContextSpec, where: str, told: str) -> None:
         (LLAMA | {"rope_parameters": {"main": {}, "full_attention": {}}}, "2 kinds of layers"),
         (_without("max_position_embeddings"), "the length of the training is not known"),
         (
-            LLAMA | {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"mrope_section": [1]}},
+            LLAMA | {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "default", "x": 1}},
             "transformers takes the first",
         ),
     ],
@@ -116,6 +116,7 @@ def test_models(config: dict[str, Any], told: str) -> None:
         ("phimoe", "linear", "no scaling but longrope"),
         ("deepseek_v3", "llama3", "latent attention"),
         ("qwen3_5", "linear", "mrope_section"),
+        ("qwen2_5_vl", "yarn", "four times the original length"),
         ("gemma3-nested", "longrope", "second text past"),
     ],
 )

@@ -62,6 +62,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "qwen2_5_vl": {
+        "model_type": "qwen2_5_vl",
+        "text_config": _SMALL
+        | {
+            "model_type": "qwen2_5_vl_text",
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+        },
+    },
     "gemma3-legacy": _SMALL
     | {
         "model_type": "gemma3_text",
@@ -215,6 +224,7 @@ def test_every_family_refuses_something_or_nothing() -> None:
     assert found["llama"] == found["gpt_neox"] == list(ALL)
     assert found["gemma3-nested"] == found["olmo3"] == ["linear", "ntk", "yarn", "llama3"]
     assert found["phi3"] == found["phimoe"] == ["ntk", "longrope"]
+    assert found["qwen2_5_vl"] == ["ntk"]
     assert found["deepseek_v3"] == found["qwen3_5"] == ["ntk", "yarn"]
     assert not any(family_refusal(read_positions(config)) for config in FAMILIES.values())
 
