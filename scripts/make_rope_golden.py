@@ -77,9 +77,9 @@ def _table(head: int, length: int, parameters: dict[str, Any]) -> torch.Tensor:
         rope = get_rope(
             head, length, rope_parameters=parameters, dtype=torch.float32, mrope_positions_factor=1
         )
-    if parameters["rope_type"] == "longrope":
-        return rope.long_short_cos_sin_cache[rope.original_max_position_embeddings :]
-    return rope.cos_sin_cache
+    longrope = parameters["rope_type"] == "longrope"
+    table: torch.Tensor = rope.long_short_cos_sin_cache if longrope else rope.cos_sin_cache
+    return table[rope.original_max_position_embeddings :] if longrope else table
 
 
 if __name__ == "__main__":

@@ -25,9 +25,12 @@ def reach(text: Mapping[str, Any]) -> int | None:
     scaling = text.get("rope_scaling") or text.get("rope_parameters")
     if not isinstance(scaling, Mapping) or "gemma3" in str(text.get("model_type")):
         return found
-    factor: Any = scaling.get("factor")
-    if scaling.get("rope_type", scaling.get("type")) not in _MULTIPLIED:
-        return found
+    # One object, or one for each kind of layers, all that are scaled alike.
+    told = [scaling, *(kind for kind in scaling.values() if isinstance(kind, Mapping))]
+    factors: list[Any] = [
+        one.get("factor") for one in told if one.get("rope_type", one.get("type")) in _MULTIPLIED
+    ]
+    factor = factors[0] if factors else None
     if type(factor) not in (int, float) or not 1 <= factor <= _MOST / found:
         return found
     return int(found * factor)

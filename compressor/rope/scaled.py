@@ -6,7 +6,6 @@ Importing this does not import torch.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -14,15 +13,8 @@ from typing import Any, get_args
 from compressor.errors import CheckpointError, UserError
 from compressor.rope import methods
 from compressor.rope.checked import check_positions
-from compressor.rope.positions import (
-    LONGEST,
-    SLIDING,
-    Positions,
-    is_int,
-    is_number,
-    read_positions,
-    shown,
-)
+from compressor.rope.lengths import MOST_FACTOR, original_length, settled_reach
+from compressor.rope.positions import SLIDING, Positions, is_number, read_positions, shown
 from compressor.rope.refusals import ENGINES, SWITCHING, Engine, family_refusal, instead, method_refusal
 from compressor.rope.spec import ContextSpec, Method, ScaledConfig
 
@@ -52,12 +44,11 @@ SCALING_FIELDS = frozenset(
 _LEGACY = ("rope_scaling", "rope_theta", "rotary_emb_base", "rope_local_base_freq")
 # What a scaling keeps when it is only made longer.
 _KNOBS = {
-    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "llama3": ("low_freq_factor", "high_freq_factor"),
 }
-_MOST_FACTOR = 10_000.0
 _LEAST_DIVISOR = 1.0
-_ROUNDING = 1e-4  # tokens: what a quotient of lengths times its divisor may fall short
+_MOST_MULTIPLIER = 100.0
 
 
 def scaled_config(
@@ -86,6 +77,11 @@ def scaled_config(
         raise UserError(f"{shown(spec.method)} is none of {known}", where="context.method")
     if spec.factors is not None and spec.method != "longrope":
         raise UserError(f"only longrope has factors, not {spec.method}", where="context.factors")
+    multiplier = spec.attention_factor
+    if multiplier is not None and (
+        spec.method != "longrope" or not is_number(multiplier) or not 0 < multiplier <= _MOST_MULTIPLIER
+    ):
+        raise UserError(f"is {shown(multiplier)} for {spec.method}", where="context.attention_factor")
     positions = read_positions(config)
     reason = family_refusal(positions)
     if reason:
@@ -93,11 +89,11 @@ def scaled_config(
     reason = method_refusal(positions, spec.method, engines)
     if reason:
         raise UserError(reason, where="context.method", fix=instead(positions, engines))
-    original, notes = _original_length(positions, spec)
+    original, notes = original_length(positions, spec)
     faulty = [finding.what for finding in check_positions(config) if finding.severity == "error"]
     if faulty:
         raise CheckpointError("; ".join(faulty), where="config.json", fix="mend the source's positions first")
-    factor, length = _reach(spec, original)
+    factor, length = settled_reach(spec, original)
     told = _Told(positions, spec, original, factor, length)
     return ScaledConfig(
         config=_rewritten(config, told),
@@ -132,128 +128,6 @@ class _Told:
         """
         multiplied = self.spec.method in ("linear", "dynamic") and "gemma3" not in self.positions.model_type
         return self.original if multiplied else self.length
-
-
-def _original_length(positions: Positions, spec: ContextSpec) -> tuple[int, list[str]]:
-    """L, and notes on how it was found.
-
-    Raises:
-        UserError: it is not known, or the model is scaled already in a way that leaves no way on.
-    """
-    now = positions.length
-    if positions.rope_type != "default":
-        return _scaled_already(positions, spec), [
-            f"the source is scaled by {positions.rope_type} already: the factor counts from "
-            f"{positions.original_length} tokens, and takes the place of its own"
-        ]
-    found = spec.original_length or now
-    if found is None:
-        raise UserError(
-            "config.json has no max_position_embeddings: the length of the training is not known",
-            where="context.original_length",
-            fix="name it",
-        )
-    if not is_int(found, 2, LONGEST):
-        raise UserError(f"is {shown(found)}, not a number of tokens", where="context.original_length")
-    if now is not None and found > now:
-        raise UserError(
-            f"{found} is more than max_position_embeddings of the source, {now}",
-            where="context.original_length",
-            fix=f"name at most {now}",
-        )
-    return found, []
-
-
-def _scaled_already(positions: Positions, spec: ContextSpec) -> int:
-    """L of a model that is scaled already, if the same scaling can be made longer.
-
-    Raises:
-        UserError: it cannot, or reads that far already.
-    """
-    kind, now, original = positions.rope_type, positions.length, positions.original_length
-    where = "context.target_length"
-    if now is not None and spec.target_length <= now:
-        raise UserError(
-            f"the source reads {now} tokens already: it is scaled by {kind}",
-            where=where,
-            fix="leave the section context out",
-        )
-    if original is None:
-        raise UserError(
-            f"the source is scaled by {kind} already, and its config does not say from which length",
-            where=where,
-            fix="start from the model before it was scaled",
-        )
-    if spec.method != kind or kind == "longrope":
-        raise UserError(
-            f"the source is scaled by {kind} already, and was trained so: its frequencies are no longer "
-            f"those that {spec.method} counts from",
-            where="context.method",
-            fix="start from the model before it was scaled"
-            + ("" if kind == "longrope" else f", or make its own longer: method {kind}"),
-        )
-    if positions.parameters.get("attention_factor") is not None:
-        raise UserError(
-            f"the source is scaled by {kind} already, with an attention_factor of its own for that length",
-            where="context.method",
-            fix="start from the model before it was scaled",
-        )
-    if spec.original_length not in (None, original):
-        raise UserError(
-            f"{spec.original_length} is not what the source is scaled from: {original}",
-            where="context.original_length",
-            fix="leave it out",
-        )
-    return original
-
-
-def _reach(spec: ContextSpec, original: int) -> tuple[float, int]:
-    """The factor, and the tokens that are read by it.
-
-    Raises:
-        UserError: the target is not beyond the original length, or the factor does not lead there.
-    """
-    target = spec.target_length
-    if not is_int(target, 2, LONGEST):
-        raise UserError(f"is {shown(target)}, not a number of tokens", where="context.target_length")
-    if target <= original:
-        raise UserError(
-            f"{target} tokens are not more than the original length, {original}",
-            where="context.target_length",
-            fix="leave the section context out, or name a longer one",
-        )
-    given = spec.factor
-    smallest = target / original
-    if smallest > _MOST_FACTOR:
-        raise UserError(f"is {smallest:g} times the original length", where="context.target_length")
-    if given is None:
-        return _factor(spec, original, target), target
-    if not is_number(given) or not 1 < given <= _MOST_FACTOR:
-        raise UserError(
-            f"is {shown(given)}, not a number above 1 and at most {_MOST_FACTOR:g}", where="context.factor"
-        )
-    length = math.floor(original * float(given) + _ROUNDING)
-    if spec.method == "llama3":
-        return float(given), max(length, target)
-    if length < target:
-        raise UserError(
-            f"{given:g} times {original} tokens are {length}, less than target_length {target}",
-            where="context.factor",
-            fix=f"leave it out, or name at least {smallest:g}",
-        )
-    return _factor(spec, original, length), length
-
-
-def _factor(spec: ContextSpec, original: int, length: int) -> float:
-    """``length / original``, as engines turn it into a length again.
-
-    transformers compares YaRN's with the quotient of both lengths; vLLM rounds the product of linear's down.
-    """
-    factor = length / original
-    if spec.method in ("linear", "dynamic"):
-        while int(original * factor) < length:
-            factor = math.nextafter(factor, math.inf)
-    return factor
 
 
 def _rewritten(config: Mapping[str, Any], told: _Told) -> dict[str, Any]:
@@ -301,7 +175,7 @@ def _parameters(told: _Told) -> dict[str, Any]:
         new |= _longrope(told)
     if positions.rope_type == spec.method:
         kept = {key: before[key] for key in _KNOBS.get(spec.method, ()) if key in before}
-        new |= {key: float(value) if is_int(value, 0, LONGEST) else value for key, value in kept.items()}
+        new |= {key: value if isinstance(value, bool) else float(value) for key, value in kept.items()}
     return new
 
 
@@ -319,9 +193,9 @@ def _longrope(told: _Told) -> dict[str, Any]:
             fix=f"give {wanted}, one for each pair of the {told.positions.rotary_dim} turned dimensions",
         )
     for index, value in enumerate(given):
-        if not is_number(value) or not _LEAST_DIVISOR <= value <= _MOST_FACTOR:
+        if not is_number(value) or not _LEAST_DIVISOR <= value <= MOST_FACTOR:
             raise UserError(
-                f"factor {index} is {shown(value)}, not a number from {_LEAST_DIVISOR:g} to {_MOST_FACTOR:g}",
+                f"factor {index} is {shown(value)}, not a number from {_LEAST_DIVISOR:g} to {MOST_FACTOR:g}",
                 where=where,
             )
     long = [float(value) for value in given]

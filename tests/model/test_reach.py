@@ -21,7 +21,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
         ({"max_position_embeddings": 512, "rope_scaling": {"type": "dynamic", "factor": 2}}, 1024),
         ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 2048),
         ({"max_position_embeddings": 512, "rope_parameters": LINEAR, "model_type": "gemma3_text"}, 512),
-        ({"max_position_embeddings": 512, "rope_parameters": {"full_attention": LINEAR}}, 512),
+        ({"max_position_embeddings": 512, "rope_parameters": {"full_attention": LINEAR}}, 2048),
         ({"max_position_embeddings": 512, "rope_parameters": LINEAR | {"factor": "4"}}, 512),
         ({"max_position_embeddings": 512, "rope_parameters": LINEAR | {"factor": 1e300}}, 512),
         ({"max_position_embeddings": 512, "rope_parameters": [4]}, 512),

@@ -61,6 +61,8 @@ def _refused(config: dict[str, Any], spec: ContextSpec) -> UserError:
         (ContextSpec("longrope", 32768, factors=(0.9, *ONES[1:])), "factors", "factor 0 is 0.9"),
         (ContextSpec("longrope", 32768, factors=(*ONES[1:], float("inf"))), "factors", "factor 31 is inf"),
         (ContextSpec("longrope", 32768, factors=(*ONES[1:], True)), "factors", "factor 31 is True"),
+        (ContextSpec("yarn", 32768, attention_factor=1.1), "attention_factor", "is 1.1 for yarn"),
+        (ContextSpec("longrope", 32768, factors=ONES, attention_factor=0.0), "attention_factor", "is 0.0"),
         (ContextSpec("dynamic", 32768), "method", "vLLM does not serve dynamic"),
         (ContextSpec("su", 32768), "method", "is none of"),  # type: ignore[arg-type]
     ],
@@ -141,6 +143,11 @@ def test_neighbouring_pairs_have_no_longrope() -> None:
         (LLAMA31, ContextSpec("yarn", 131072), "reads 131072 tokens already: it is scaled by llama3"),
         (LLAMA31, ContextSpec("yarn", 262144), "no longer those that yarn counts from"),
         (LLAMA31, ContextSpec("llama3", 262144, original_length=4096), "not what the source is scaled from"),
+        (
+            LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            ContextSpec("linear", 12000),
+            "reads 16384 tokens already",
+        ),
         (
             LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
             ContextSpec("linear", 65536),

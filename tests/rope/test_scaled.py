@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from compressor.model.reach import reach
 from compressor.rope import methods
-from compressor.rope.positions import read_positions
+from compressor.rope.positions import read_positions, text_part
 from compressor.rope.refusals import Engine, family_refusal, method_refusal
 from compressor.rope.scaled import scaled_config
 from compressor.rope.spec import ContextSpec, Method
@@ -194,6 +195,7 @@ def test_transformers_reads_it(
         torch.testing.assert_close(torch.tensor(local, dtype=torch.float64), found, rtol=FP32, atol=0)
     limit = {"linear": 8192}.get(method, 20000)
     assert text.max_position_embeddings == (20000 if "gemma3" in name else limit)
+    assert reach(text_part(result.config)[1]) == reach(text.to_dict()) == 20000 == result.length
 
 
 @pytest.mark.parametrize(("name", "method"), _usable())
