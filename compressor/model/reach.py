@@ -30,7 +30,7 @@ def reach(text: Mapping[str, Any]) -> int | None:
     factors: list[Any] = [
         one.get("factor") for one in told if one.get("rope_type", one.get("type")) in _MULTIPLIED
     ]
-    factor = factors[0] if factors else None
+    factor: Any = factors[0] if factors else None
     if type(factor) not in (int, float) or not 1 <= factor <= _MOST / found:
         return found
     return int(found * factor)
