@@ -19,6 +19,10 @@ _NEEDED = {
 }
 # Read by vLLM 0.32 as numbers wherever they are there: an explicit null fails.
 _NEVER_NULL = ("factor", "beta_fast", "beta_slow")
+_NUMBERS = (
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
+    *("low_freq_factor", "high_freq_factor", "short_mscale", "long_mscale"),
+)
 _TYPES = frozenset({*_NEEDED, "default", "proportional"})
 _NEAR = 1e-3  # share by which a factor may miss the quotient of lengths: a rounded one
 
@@ -86,6 +90,11 @@ def _scaling(positions: Positions) -> Iterator[Finding]:
     for key in _NEVER_NULL:
         if key in told and told[key] is None:
             yield Finding("error", f"{key} is null: vLLM fails, leave it out")
+    for key in _NUMBERS:
+        if told.get(key) is not None and not is_number(told[key]):
+            yield Finding("error", f"{key} is {shown(told[key])}, not a number")
+    if not isinstance(told.get("truncate", True), bool):
+        yield Finding("error", f"truncate is {shown(told['truncate'])}, neither true nor false")
     for key in _NEEDED.get(kind, ()):
         if told.get(key) is None and not (key.startswith("original") and positions.original_length):
             yield _missing(kind, key)

@@ -174,7 +174,7 @@ def _parameters(told: _Told) -> dict[str, Any]:
     elif spec.method == "longrope":
         new |= _longrope(told)
     if positions.rope_type == spec.method:
-        kept = {key: before[key] for key in _KNOBS.get(spec.method, ()) if key in before}
+        kept = {key: before[key] for key in _KNOBS.get(spec.method, ()) if before.get(key) is not None}
         new |= {key: value if isinstance(value, bool) else float(value) for key, value in kept.items()}
     return new
 
@@ -238,6 +238,13 @@ def _notes(told: _Told) -> list[str]:
     if positions.length is not None and told.length < positions.length:
         found.append(
             f"the source's config says that it reads {positions.length} tokens: more than the result"
+        )
+    window = positions.text.get("sliding_window")
+    used = positions.text.get("use_sliding_window") is not False
+    if positions.kind is None and is_number(window) and used:
+        found.append(
+            f"layers with a window of {window} tokens attend no further back than before; their frequencies "
+            "are scaled like the others'"
         )
     if SLIDING in positions.others:
         found.append("layers with a sliding window keep their frequencies")

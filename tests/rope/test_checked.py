@@ -46,6 +46,8 @@ def _but(parameters: dict[str, Any], *keys: str, **more: Any) -> dict[str, Any]:
         (_with(_but(YARN, "factor")), "error", "yarn without factor"),
         (_with(YARN | {"factor": None}), "error", "factor is null"),
         (_with(YARN | {"beta_fast": None}), "error", "beta_fast is null"),
+        (_with(YARN | {"beta_slow": "1"}), "error", "beta_slow is '1', not a number"),
+        (_with(YARN | {"truncate": 0}), "error", "truncate is 0, neither"),
         (_with(YARN | {"factor": 0.5}), "error", "not a number of at least 1"),
         (_with(YARN | {"factor": "4"}), "error", "not a number of at least 1"),
         (_with(YARN, 40000), "error", "vLLM has no positions beyond"),

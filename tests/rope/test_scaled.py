@@ -269,6 +269,19 @@ def test_original_length_below_the_config() -> None:
     assert any("says that it reads 40960" in note for note in lower.notes)
 
 
+def test_windows_are_told() -> None:
+    """They do not grow; where layers share their positions, all are scaled."""
+    windowed = LLAMA | {"model_type": "mistral", "sliding_window": 4096}
+    assert (
+        "window of 4096 tokens attend no further"
+        in scaled_config(windowed, ContextSpec("yarn", 16384)).notes[-1]
+    )
+    unused = windowed | {"model_type": "qwen2", "use_sliding_window": False}
+    assert len(scaled_config(unused, ContextSpec("yarn", 16384)).notes) == 1
+    gemma = scaled_config(FAMILIES["gemma3-legacy"], ContextSpec("yarn", 16384))
+    assert gemma.notes[-1] == "layers with a sliding window keep their frequencies"
+
+
 def test_longrope_fields() -> None:
     """Equal short and long factors where no engine switches; both multipliers of both engines."""
     spec = spec_of(LLAMA, "longrope", 32768)
