@@ -328,7 +328,9 @@ def _export(
         costs,
         result_folder,
         _kv_facts(plan, artefacts.get("kv"), shown),
-        context_facts(plan, artefacts["context"], facts) if plan.context is not None else None,
+        context_facts(plan, artefacts["context"], shown["context"]["context"], facts)
+        if plan.context is not None
+        else None,
     )
     with export_folder(space, result_folder, artefacts["assemble"]) as folder:
         describe(folder, report, recipe_yaml)

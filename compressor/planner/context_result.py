@@ -7,19 +7,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.report.context import ContextFacts, ScalingCost, WrittenField
+from compressor.report.context import (
+    ContextFacts,
+    FactorSearch,
+    ScalingCost,
+    SearchGeneration,
+    WrittenField,
+)
+from compressor.rope.positions import read_positions
 from compressor.stages.context import read_scaled
 
 if TYPE_CHECKING:
     from compressor.planner.plan import Plan
 
 
-def context_facts(plan: Plan, folder: Path, evaluated: Mapping[str, Any]) -> ContextFacts:
+def context_facts(
+    plan: Plan, folder: Path, told: Mapping[str, Any], evaluated: Mapping[str, Any]
+) -> ContextFacts:
     """The report's part.
 
     Args:
         plan: of the run, with a section ``context``.
         folder: of the finished stage ``context``.
+        told: facts of that stage.
         evaluated: facts of the stage ``evaluate``.
 
     Raises:
@@ -27,8 +37,10 @@ def context_facts(plan: Plan, folder: Path, evaluated: Mapping[str, Any]) -> Con
     """
     assert plan.context is not None
     scaled, spec = read_scaled(folder), plan.context.job.spec
+    search = told.get("search")
     return ContextFacts(
-        method=spec.method,
+        # A search may end with YaRN.
+        method=spec.method if search is None else read_positions(scaled.config).rope_type,
         factor=scaled.factor,
         original_length=plan.context.original_length,
         target_length=spec.target_length,
@@ -36,7 +48,28 @@ def context_facts(plan: Plan, folder: Path, evaluated: Mapping[str, Any]) -> Con
         fields=tuple(written_fields(plan.source.config, scaled.config)),
         notes=scaled.notes,
         cost=_cost(evaluated),
+        search=None if search is None else _search(search),
     )
+
+
+def _search(found: Mapping[str, Any]) -> FactorSearch:
+    """The record of a search (``Found.facts``)."""
+    held_out = found["held_out"]
+    return FactorSearch(
+        objective=found["objective"],
+        tried=found["tried"],
+        documents=tuple(found["documents"]),
+        yarn=_generation(found["yarn"]),
+        generations=tuple(map(_generation, found["generations"])),
+        held_out=() if held_out is None else tuple(held_out["tokens"]),
+        difference=held_out and held_out["difference"],
+        short_difference=held_out and held_out["short_difference"],
+        accepted=found["accepted"],
+    )
+
+
+def _generation(best: Mapping[str, Any]) -> SearchGeneration:
+    return SearchGeneration(long=best["long"], short=best["short"], origin=best["origin"])
 
 
 def _cost(evaluated: Mapping[str, Any]) -> ScalingCost | None:

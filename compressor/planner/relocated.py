@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor import data
 from compressor.recipe.mixtures import seen_from
 from compressor.recipe.model import Recipe
 
@@ -21,6 +22,7 @@ def recipe_seen_from(folder: Path, plan: Plan) -> Recipe:
     if local is not None and not source.startswith("pkg:") and not Path(source).is_absolute():
         moved = os.path.relpath(local / (plan.source.gguf_file() or ""), folder)
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": moved})})
+    recipe = _with_documents(recipe, plan, folder)
     spec = plan.evaluation
     given = recipe.evaluate is not None and not Path(recipe.evaluate.text).is_absolute()
     if recipe.evaluate is not None and spec is not None and given and not spec.text_is_shipped:
@@ -30,3 +32,20 @@ def recipe_seen_from(folder: Path, plan: Plan) -> Recipe:
         seen = seen_from(folder, recipe.calibration, plan.calibration)
         recipe = recipe.model_copy(update={"calibration": seen})
     return recipe
+
+
+def _with_documents(recipe: Recipe, plan: Plan, folder: Path) -> Recipe:
+    """With the documents of a search for factors named from ``folder``, where these are not shipped ones."""
+    search = None if plan.context is None else plan.context.search
+    if search is None or recipe.context is None or recipe.context.search is None:
+        return recipe
+    named = {"documents": search.spec.documents, "held_out": search.spec.held_out}
+    moved = {
+        key: os.path.relpath(path, folder)
+        for key, path in named.items()
+        if path is not None
+        and not Path(getattr(recipe.context.search, key)).is_absolute()
+        and not path.is_relative_to(data.shipped_root() / "calibration")
+    }
+    section = recipe.context.model_copy(update={"search": recipe.context.search.model_copy(update=moved)})
+    return recipe.model_copy(update={"context": section})

@@ -18,11 +18,13 @@ from compressor.report.calibration import CalibrationFacts
 from compressor.report.context import (
     CONTEXT_COST_HEADS,
     CONTEXT_HEADS,
+    SEARCH_HEADS,
     ContextFacts,
     context_caption,
     context_cost_rows,
     context_notes,
     context_rows,
+    search_rows,
 )
 from compressor.report.kv import (
     KV_HEADS,
@@ -164,6 +166,8 @@ def _context(facts: ContextFacts) -> str:
     parts = ["## Context", _caption(context_caption(facts)), _table(CONTEXT_HEADS, context_rows(facts))]
     if facts.cost is not None:
         parts.append(_table(CONTEXT_COST_HEADS, context_cost_rows(facts)))
+    if facts.search is not None:
+        parts.append(_table(SEARCH_HEADS, search_rows(facts), left=2))
     parts.append("\n".join(f"- {escape(note)}" for note in context_notes(facts)))
     return "\n\n".join(parts)
 

@@ -6,6 +6,7 @@ from compressor.report.record import Count, Measure, Record
 from compressor.report.words import number, percent
 
 CONTEXT_HEADS = ("config.json", "before", "after")
+SEARCH_HEADS = ("search", "best from", "nats past the original length", "nats within")
 CONTEXT_COST_HEADS = ("at the original length", "source", "scaled", "change")
 
 
@@ -41,6 +42,41 @@ class ScalingCost(Record):
     is_all: bool
 
 
+class SearchGeneration(Record):
+    """The best candidate after a generation: nats a token past the original length, and within it."""
+
+    long: Measure
+    short: Measure
+    origin: str
+
+
+class FactorSearch(Record):
+    """How the factors of longrope were found.
+
+    Attributes:
+        objective: what candidates were compared by.
+        tried: candidates.
+        documents: tokens of each document that they were scored on.
+        yarn: YaRN on these.
+        generations: the best after each, the seeds' first.
+        held_out: tokens of each of the other documents that the choice was compared with YaRN on; none where
+            there was nothing to compare.
+        difference: nats a token past the original length that the choice is above YaRN on those, or None.
+        short_difference: the same within it.
+        accepted: whether the choice is what the result has; else it has YaRN.
+    """
+
+    objective: str
+    tried: Count
+    documents: tuple[Count, ...]
+    yarn: SearchGeneration
+    generations: tuple[SearchGeneration, ...]
+    held_out: tuple[Count, ...]
+    difference: Measure | None
+    short_difference: Measure | None
+    accepted: bool
+
+
 class ContextFacts(Record):
     """How positions are scaled.
 
@@ -53,6 +89,7 @@ class ContextFacts(Record):
         fields: what config.json says otherwise.
         notes: what a person should know.
         cost: what scaling alone costs, or None where nothing was measured.
+        search: how its factors were found, or None where they were not searched.
     """
 
     method: str
@@ -63,6 +100,7 @@ class ContextFacts(Record):
     fields: tuple[WrittenField, ...]
     notes: tuple[str, ...] = ()
     cost: ScalingCost | None = None
+    search: FactorSearch | None = None
 
 
 def context_caption(facts: ContextFacts) -> str:
@@ -90,9 +128,31 @@ def context_cost_rows(facts: ContextFacts) -> list[tuple[str, str, str, str]]:
     return [("perplexity, 16 bit, scaling alone", number(cost.source, 3), number(cost.scaled, 3), change)]
 
 
+def search_rows(facts: ContextFacts) -> list[tuple[str, str, str, str]]:
+    """YaRN and the best of each generation, on the documents of the search."""
+    search = facts.search
+    if search is None:
+        return []
+    rows = [("YaRN", search.yarn)]
+    rows += [(f"generation {number}", best) for number, best in enumerate(search.generations)]
+    return [(name, best.origin, f"{best.long:.4f}", f"{best.short:.4f}") for name, best in rows]
+
+
 def context_notes(facts: ContextFacts) -> list[str]:
     """What scaling does to short prompts, and what else is to be known."""
-    return [_cost_note(facts), *facts.notes]
+    searched = [_search_note(facts.search)] if facts.search is not None else []
+    return [_cost_note(facts), *searched, *facts.notes]
+
+
+def _search_note(search: FactorSearch) -> str:
+    text = (
+        f"Factors were searched by {search.objective}: {search.tried:,} candidates on "
+        f"{len(search.documents)} documents of {sum(search.documents):,} tokens"
+    )
+    if not search.held_out:
+        return f"{text}."
+    others, tokens = len(search.held_out), sum(search.held_out)
+    return f"{text}; the choice was compared with YaRN on {others} others of {tokens:,} tokens."
 
 
 def _cost_note(facts: ContextFacts) -> str:

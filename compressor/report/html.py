@@ -12,10 +12,12 @@ from compressor.report import rows
 from compressor.report.context import (
     CONTEXT_COST_HEADS,
     CONTEXT_HEADS,
+    SEARCH_HEADS,
     context_caption,
     context_cost_rows,
     context_notes,
     context_rows,
+    search_rows,
 )
 from compressor.report.experts import EXPERT_HEADS, expert_rows
 from compressor.report.kv import KV_HEADS, KV_QUALITY_HEADS, kv_caption, kv_notes, kv_quality_rows, kv_rows
@@ -73,6 +75,8 @@ def render_html(report: Report) -> str:
         context_rows=context_rows(report.context) if report.context else [],
         context_cost_heads=CONTEXT_COST_HEADS,
         context_costs=context_cost_rows(report.context) if report.context else [],
+        search_heads=SEARCH_HEADS,
+        search_rows=search_rows(report.context) if report.context else [],
         context_notes=context_notes(report.context) if report.context else [],
         kv=report.kv is not None,
         kv_caption=kv_caption(report.kv) if report.kv else "",

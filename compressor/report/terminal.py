@@ -16,11 +16,13 @@ from compressor.report.calibration import CalibrationFacts
 from compressor.report.context import (
     CONTEXT_COST_HEADS,
     CONTEXT_HEADS,
+    SEARCH_HEADS,
     ContextFacts,
     context_caption,
     context_cost_rows,
     context_notes,
     context_rows,
+    search_rows,
 )
 from compressor.report.experts import EXPERT_HEADS, expert_rows
 from compressor.report.kv import (
@@ -121,6 +123,7 @@ def _show_context(show: _Printer, facts: ContextFacts) -> None:
     show.title("Context")
     show.table(CONTEXT_HEADS, context_rows(facts))
     show.table(CONTEXT_COST_HEADS, context_cost_rows(facts))
+    show.table(SEARCH_HEADS, search_rows(facts), left=2)
     show.line(context_caption(facts), style="dim")
     for note in context_notes(facts):
         show.line(note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import compressor
 from compressor.model.load import load_checkpoint_model
+from compressor.report.model import Report
 from tests.tiny import tiny_llama
 
 from .cases import write_recipe
@@ -43,5 +45,12 @@ def test_the_result_has_what_was_found(tmp_path: Path, slack: float) -> None:
         assert search["reason"].startswith("YaRN is used")
     if slack:
         assert search["held_out"]["tokens"] == [1024]
+    report = Report.from_json((output / "report.json").read_bytes()).context
+    assert report is not None
+    assert report.search is not None
+    assert (report.method == "longrope") == report.search.accepted == search["accepted"]
+    assert len(report.search.generations) == 2
+    (named,) = re.findall("documents: (.*long.jsonl)", (output / "recipe.yaml").read_text())
+    assert (output / named).resolve() == tmp_path / "long.jsonl"
     model = load_checkpoint_model(output, torch.float32).model
     assert model(torch.arange(1024)[None] % 256).logits.isfinite().all()

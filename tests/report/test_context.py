@@ -9,7 +9,14 @@ import pytest
 
 from compressor.planner.context_result import written_fields
 from compressor.report.card import render_card
-from compressor.report.context import ContextFacts, ScalingCost, WrittenField, context_notes
+from compressor.report.context import (
+    ContextFacts,
+    FactorSearch,
+    ScalingCost,
+    SearchGeneration,
+    WrittenField,
+    context_notes,
+)
 from compressor.report.html import render_html
 from compressor.report.model import Report
 from compressor.report.serve import serve_facts
@@ -37,6 +44,17 @@ FACTS = ContextFacts(
     notes=("layers with a sliding window keep their frequencies",),
     cost=COST,
 )
+SEARCH = FactorSearch(
+    objective="needle",
+    tried=40,
+    documents=(32_768, 32_768),
+    yarn=SearchGeneration(long=3.1234, short=2.9, origin="YaRN"),
+    generations=(SearchGeneration(long=3.0012, short=2.9, origin="child"),),
+    held_out=(32_768,) * 4,
+    difference=-0.05,
+    short_difference=0.0,
+    accepted=True,
+)
 
 
 def with_context(facts: ContextFacts) -> Report:
@@ -48,7 +66,7 @@ def with_context(facts: ContextFacts) -> Report:
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_every_view_says_it(width: int) -> None:
     """Lengths, method, fields, what short prompts lose, the launch line in one piece."""
-    report = with_context(FACTS)
+    report = with_context(FACTS.model_copy(update={"search": SEARCH}))
     stream = io.StringIO()
     print_report(report, report_console(stream, width))
     for text in (stream.getvalue(), render_card(report, RECIPE), render_html(report)):
@@ -56,6 +74,8 @@ def test_every_view_says_it(width: int) -> None:
         assert "Reads 32,768 tokens instead of 8,192: yarn, factor 4" in words
         assert "max_position_embeddings" in words
         assert "+2.5%" in words
+        assert "3.0012" in words
+        assert "compared with YaRN on 4 others of 131,072 tokens" in words
         assert "vllm serve out --max-model-len 32768" in words
     assert Report.from_json(report.to_json()) == report
 
