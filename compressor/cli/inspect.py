@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,17 +15,19 @@ import click
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
 def command(checkpoint: Path, as_json: bool) -> None:
-    """Show what the folder CHECKPOINT holds: tensors, dtypes, bytes, quantization, and what is wrong with its
-    positions. Reads headers only.
+    """Show what the folder CHECKPOINT holds: tensors, dtypes, bytes, quantization, how its positions are
+    scaled, and what is wrong with them. Reads headers only.
     """
     from compressor.checkpoint.inventory import read_config, take_inventory
     from compressor.rope.checked import check_positions
 
     found = take_inventory(checkpoint)
-    findings = check_positions(read_config(checkpoint))
+    config = read_config(checkpoint)
+    findings, scaling = check_positions(config), _scaling(config)
     if as_json:
         positions = [dataclasses.asdict(finding) for finding in findings]
-        click.echo(json.dumps(dataclasses.asdict(found) | {"positions": positions}, indent=2))
+        told = dataclasses.asdict(found) | {"scaling": scaling, "positions": positions}
+        click.echo(json.dumps(told, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
@@ -46,6 +49,8 @@ def command(checkpoint: Path, as_json: bool) -> None:
             f"{weights.get('strategy')} {weights.get('group_size') or ''}, targets {group.get('targets')}",
             soft_wrap=True,
         )
+    if scaling is not None:
+        console.print(_told(scaling), soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("tensor", overflow="fold")
     table.add_column("dtype")
@@ -56,3 +61,39 @@ def command(checkpoint: Path, as_json: bool) -> None:
     console.print(table)
     for finding in findings:
         console.print(f"{finding.severity}: positions: {finding.what}", soft_wrap=True)
+
+
+def _scaling(config: dict[str, Any]) -> dict[str, Any] | None:
+    """How a config's rotary positions are scaled, JSON-able; None where it has none that can be read."""
+    from compressor.errors import CheckpointError
+    from compressor.model.families import text_config
+    from compressor.model.reach import reach
+    from compressor.rope.positions import read_positions
+
+    try:
+        found = read_positions(config)
+    except CheckpointError:
+        return None
+    return {
+        "method": found.rope_type,
+        "factor": found.parameters.get("factor"),
+        "original_length": found.original_length,
+        "length": reach(text_config(config)),
+        "theta": found.theta,
+    }
+
+
+def _told(scaling: dict[str, Any]) -> str:
+    """One line; values that are wrong may be of any type."""
+    method = str(scaling["method"])[:40]
+    parts = ["positions: not scaled" if method == "default" else f"positions: {method}"]
+    for key, word, unit in (
+        ("factor", "factor", ""),
+        ("original_length", "from", " tokens"),
+        ("length", "up to", " tokens"),
+        ("theta", "theta", ""),
+    ):
+        value = scaling[key]
+        if value is not None:
+            parts.append(f"{word} {f'{value:,}' if isinstance(value, int) else str(value)[:40]}{unit}")
+    return ", ".join(parts)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.layout import load_config
 from compressor.checkpoint.made_by import FACTORY_KEY, FactorySource
+from compressor.checkpoint.reconfigured import ReconfiguredSource
 from compressor.checkpoint.safetensors_writer import ShardWriter
 from compressor.checkpoint.sources import From, local_path, open_source
 from compressor.checkpoint.stored import StoredTensors
@@ -136,6 +137,13 @@ def own_folder(source: Source) -> Path | None:
     return source.model_dir() if source.kind == "safetensors" else None
 
 
+def _own_weights(source: Source) -> Path | None:
+    """The folder whose safetensors are the source's, whatever the config beside them says; None without."""
+    while isinstance(source, ReconfiguredSource):
+        source = source.inner
+    return own_folder(source)
+
+
 def missing_room(source: Source, scratch: Path) -> str:
     """Why ``plain_folder`` would not fit on the disk, or "": weights at 16 bit, and the side files.
 
@@ -143,7 +151,7 @@ def missing_room(source: Source, scratch: Path) -> str:
         source: it writes sources that are dequantized, and no others.
         scratch: an existing folder on that disk; the side files are written there to be measured.
     """
-    if own_folder(source) is not None:
+    if _own_weights(source) is not None:
         return ""
     with TemporaryDirectory(prefix="side-files.tmp-", dir=scratch) as folder:
         written = source.write_side_files(Path(folder))
@@ -162,10 +170,14 @@ def plain_folder(source: Source, scratch: Path) -> Path:
         return own
     folder = scratch / "source"
     folder.mkdir(parents=True)
-    headers = list(source.headers.values())
-    with ShardWriter(folder / "model.safetensors", headers) as writer:
-        for header in headers:
-            writer.write(header.name, source.read(header.name))
+    weights = _own_weights(source)
+    if weights is None:
+        headers = list(source.headers.values())
+        with ShardWriter(folder / "model.safetensors", headers) as writer:
+            for header in headers:
+                writer.write(header.name, source.read(header.name))
+    for path in [] if weights is None else weights.glob("*.safetensors*"):
+        (folder / path.name).symlink_to(path.resolve())
     source.write_side_files(folder)
     write_json(folder / "config.json", source.config)
     return folder

@@ -15,6 +15,7 @@ from compressor.verify.engine import find_engine_python
 from compressor.verify.folded import folded_source
 from compressor.verify.inputs import factory_of, find_source, missing_room
 from compressor.verify.record import record
+from compressor.verify.scaled import scaled_source
 from compressor.verify.serving import Questions, question_engine
 from compressor.verify.spec import VerifySpec
 from compressor.verify.structure import check_structure
@@ -61,7 +62,9 @@ def _check_models(
     from compressor.verify.meaning import check_meaning
     from compressor.verify.models import Reference, check_quality, check_source_values, load_reference
 
-    source = find_source(spec.checkpoint, spec.source, spec.revision, spec.cache, progress, spec.from_)
+    named = find_source(spec.checkpoint, spec.source, spec.revision, spec.cache, progress, spec.from_)
+    source, scaling = scaled_source(spec.checkpoint, named)
+    checks += scaling
     if source is not None:
         checks.append(check_meaning(spec.checkpoint, source, near=spec.cache.parent))
         folded, fold = folded_source(spec.checkpoint, source)

@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import compressor
+from compressor.checkpoint.folder import FolderSource
+from compressor.cli.inspect import command as inspect
 from compressor.model.load import load_checkpoint_model
+from compressor.progress import Silent
+from compressor.verify.meaning import check_meaning
+from compressor.verify.run import verify
+from compressor.verify.scaled import scaled_source
+from compressor.verify.spec import VerifySpec
 from tests.tiny import tiny_llama
 
 from .cases import write_recipe
@@ -70,3 +78,43 @@ def test_what_scaling_alone_costs_is_told_apart(tmp_path: Path, source: Path) ->
     assert reports[1]["quality"]["perplexity"]["result"] == whole["scaled"] != whole["source"]
     assert reports[0]["serve"]["command"].endswith(" --max-model-len 2048")
     assert "## Context" in (both / "README.md").read_text()
+
+
+def test_a_verification_takes_the_config_for_right(tmp_path: Path, source: Path) -> None:
+    """As the recipe says it, and no other: compared with the source under the same config."""
+    output = run(tmp_path, source, f"{YARN}{MEASURED}")
+    found = checks(output)
+    assert found.pop("engine").startswith("skipped")
+    assert found["context"].startswith("passed yarn, factor 4, 2,048 tokens")
+    assert {name: text for name, text in found.items() if not text.startswith("passed")} == {}
+    config = json.loads((output / "config.json").read_text())
+    config["rope_parameters"]["beta_fast"] = 16.0
+    (output / "config.json").write_text(json.dumps(config))
+    scaled, (check,) = scaled_source(output, FolderSource(source))
+    assert check.status == "passed"
+    assert scaled is not None
+    assert "beta_fast" in check_meaning(output, scaled, near=tmp_path).detail
+    (output / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    for known in (FolderSource(source), None):
+        assert [check.status for check in scaled_source(output, known)[1]] == ["failed"]
+
+
+def checks(output: Path) -> dict[str, str]:
+    """What a verification without an engine finds."""
+    text = output.parent / "text.txt"
+    text.write_text("Five wizards quickly jump over my boxed vintage. " * 20)
+    spec = VerifySpec(checkpoint=output, text=str(text), tokens=256, engine="none", cache=output.parent / "c")
+    return {check.name: f"{check.status} {check.detail}" for check in verify(spec, Silent()).checks}
+
+
+def test_inspect_says_how_positions_are_scaled(tmp_path: Path, source: Path) -> None:
+    """Of the result, and what is wrong with one that somebody edited."""
+    output = run(tmp_path, source, f"{YARN}evaluate: null\n")
+    shown = CliRunner().invoke(inspect, [str(output)])
+    assert "positions: yarn, factor 4.0, from 512 tokens, up to 2,048 tokens, theta 10000.0" in shown.output
+    config = json.loads((output / "config.json").read_text())
+    config["rope_parameters"].pop("original_max_position_embeddings")
+    (output / "config.json").write_text(json.dumps(config))
+    assert "error: " in CliRunner().invoke(inspect, [str(output)]).output
+    shown = CliRunner().invoke(inspect, [str(source), "--json"])
+    assert json.loads(shown.output)["scaling"]["method"] == "default"
