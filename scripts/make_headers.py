@@ -30,6 +30,7 @@ from scripts.published_configs import (
     GPT_OSS_120B,
     JAMBA_1_5_MINI,
     LLAMA_3_3_70B,
+    LLAMA_3_70B,
     LLAMA_4_MAVERICK,
     LLAMA_4_SCOUT,
     QWEN3_30B_A3B,
@@ -102,6 +103,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, Callable[[list[Row]], list[Row
     "llama-4-maverick": (
         "meta-llama/Llama-4-Maverick-17B-128E-Instruct", LLAMA_4_MAVERICK, 401_583_781_376, _as_saved,
     ),
+    "llama-3-70b": ("meta-llama/Meta-Llama-3-70B-Instruct", LLAMA_3_70B, 70_553_706_496, _as_saved),
     "llama-3.3-70b": ("meta-llama/Llama-3.3-70B-Instruct", LLAMA_3_3_70B, 70_553_706_496, _as_saved),
     "qwen3-30b-a3b": ("Qwen/Qwen3-30B-A3B", QWEN3_30B_A3B, 30_532_122_624, _as_saved),
     "qwen3-next-80b-a3b": (

@@ -130,6 +130,8 @@ def _rules(plan: Plan, *, narrow: bool) -> Table:
 
 def _sizes(prediction: Prediction) -> Text:
     ratio = prediction.source_bytes / prediction.result_bytes
+    if not prediction.target_parameters:
+        return Text(f"\n{_gb(prediction.result_bytes)}: nothing is quantized\n")
     return Text(
         f"\n{_gb(prediction.source_bytes)} -> {_gb(prediction.result_bytes)}, {ratio:.2f}x smaller\n"
         f"{prediction.bits_per_weight:.3f} bits per weight over all {_count(prediction.parameters)} weights, "

@@ -10,17 +10,25 @@ import torch
 from click.testing import CliRunner
 
 import compressor
+from compressor.checkpoint.folded import KvFold
 from compressor.checkpoint.folder import FolderSource
+from compressor.checkpoint.stored import StoredTensors
 from compressor.cli.inspect import command as inspect
+from compressor.errors import PlanError
 from compressor.model.load import load_checkpoint_model
+from compressor.planner.keys import stream_key
+from compressor.planner.plan import make_plan
 from compressor.progress import Silent
+from compressor.recipe.load import load_recipe
+from compressor.smoke.run import smoke
 from compressor.verify.meaning import check_meaning
 from compressor.verify.run import verify
 from compressor.verify.scaled import scaled_source
 from compressor.verify.spec import VerifySpec
+from tests.checkpoint.tiny_gguf import tiny_gguf
 from tests.tiny import tiny_llama
 
-from .cases import write_recipe
+from .cases import content, write_recipe
 
 YARN = "context: {method: yarn, target_length: 2048}\n"
 MEASURED = "evaluate: {tokens: 512, context: 128}\n"
@@ -118,3 +126,123 @@ def test_inspect_says_how_positions_are_scaled(tmp_path: Path, source: Path) -> 
     assert "error: " in CliRunner().invoke(inspect, [str(output)]).output
     shown = CliRunner().invoke(inspect, [str(source), "--json"])
     assert json.loads(shown.output)["scaling"]["method"] == "default"
+
+
+def shown(folder: Path) -> str:
+    """Calibration on a text in ``folder``, and no evaluation."""
+    folder.mkdir(exist_ok=True)
+    text = folder / "shown.txt"
+    text.write_text("Five wizards quickly jump over my boxed vintage. " * 40)
+    datasets = f"datasets: [{{path: {text}}}], num_samples: 4, sequence_length: 64"
+    return f"calibration: {{{datasets}}}\nevaluate: null\n"
+
+
+class Stopping(Silent):
+    """Interrupts the run when something is told."""
+
+    def __init__(self, note: str) -> None:
+        self._note = note
+
+    def advance(self, amount: int, note: str = "") -> None:
+        if note == self._note:
+            raise KeyboardInterrupt
+
+
+def test_with_a_folded_cache_killed_and_resumed(tmp_path: Path) -> None:
+    """Scaling, a fit and folds for the cache, NVFP4: stopped in the fit and in a shard, the same bits."""
+    source = tiny_llama(tmp_path / "source", layers=6, hidden=128, intermediate=128, heads=2, kv_heads=1)
+    rest = f"{YARN}kv_cache: {{format: turboquant_4bit_nc, contexts: [2048]}}\n{shown(tmp_path / 'texts')}"
+    weights = "{scheme: nvfp4a16}"
+    whole = run(tmp_path / "whole", source, rest, weights)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    recipe = write_recipe(parts / "recipe.yaml", source, weights, rest)
+    for moment in ("block 2", "model.safetensors"):
+        with pytest.raises(KeyboardInterrupt):
+            compressor.run(recipe, output=parts / "out" / "result", progress=Stopping(moment))
+    assert content(compressor.run(recipe, output=parts / "out" / "result").output) == content(whole)
+    assert KvFold.read(whole).values == (2, 3)
+    report = json.loads((whole / "report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]][:3] == ["context", "kv", "stream"]
+    command = report["serve"]["command"]
+    assert command.endswith(" --max-model-len 2048 --kv-cache-dtype turboquant_4bit_nc")
+    found = checks(whole)
+    assert found["fold"].startswith("passed")
+    assert not [name for name, text in found.items() if text.startswith("failed")], found
+
+
+def test_calibration_hears_scaled_positions(tmp_path: Path, source: Path) -> None:
+    """What GPTQ is shown, and so what it stores, depends on them."""
+    weights, texts = "{scheme: nvfp4a16, solver: gptq}", shown(tmp_path / "texts")
+    stored = [
+        (run(tmp_path / name, source, f"{section}{texts}", weights) / "model.safetensors").read_bytes()
+        for name, section in (("plain", ""), ("scaled", YARN))
+    ]
+    assert stored[0] != stored[1]
+
+
+def test_a_gguf_source(tmp_path: Path) -> None:
+    """Its config is rebuilt, then scaled; the tokenizer made of its metadata is raised."""
+    source = tiny_gguf(tmp_path / "tiny.gguf")
+    output = run(tmp_path / "run", source, f"{YARN}evaluate: null\n", "{scheme: int8}")
+    config = json.loads((output / "config.json").read_text())
+    assert config["max_position_embeddings"] == 2048
+    assert config["rope_parameters"]["original_max_position_embeddings"] == 512
+    assert json.loads((output / "tokenizer_config.json").read_text())["model_max_length"] == 2048
+    load_checkpoint_model(output, torch.float32)
+
+
+def test_stored_weights_are_kept_under_another_config(tmp_path: Path, source: Path) -> None:
+    """``from: keep`` carries what a result stores, ``from: dequantize`` reads it; both are scaled."""
+    stored = run(tmp_path / "stored", source, "evaluate: null\n", "{scheme: fp8_dynamic, ignore: ['*mlp*']}")
+    for how, weights in (("keep", "{scheme: int8}"), ("dequantize", "{scheme: int8}")):
+        folder = tmp_path / how
+        folder.mkdir()
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(
+            f"model: {{source: {stored}, from: {how}}}\nweights: {weights}\n{YARN}evaluate: null\n"
+        )
+        output = compressor.run(recipe, output=folder / "result").output
+        assert json.loads((output / "config.json").read_text())["max_position_embeddings"] == 2048
+        kept = [header for header in StoredTensors(output).headers.values() if header.dtype == "F8_E4M3"]
+        assert len(kept) == (8 if how == "keep" else 0)
+        load_checkpoint_model(output, torch.float32)
+
+
+def test_a_smoke_run_scales_the_small_model(tmp_path: Path, source: Path) -> None:
+    """The section goes as it is: lengths and head widths of the small model are the real one's."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", source, "{scheme: int8}", f"{YARN}{MEASURED}")
+    done = smoke(make_plan(load_recipe(str(recipe)), output=tmp_path / "out"), Silent())
+    assert done.report.context is not None
+    assert done.report.context.length == 2048
+    assert done.report.context.cost is not None
+
+
+def test_faults_of_the_plan(tmp_path: Path, source: Path) -> None:
+    """At their key; a factor that is too large, and windows past the trained length, are warned of."""
+    faulty = write_recipe(tmp_path / "a.yaml", source, "{scheme: int8}", YARN.replace("yarn", "dynamic"))
+    with pytest.raises(PlanError, match="vLLM") as raised:
+        make_plan(load_recipe(str(faulty)))
+    assert "a.yaml:3" in str(raised.value)
+    section = (
+        "context: {method: linear, target_length: 1024, factor: 4}\nevaluate: {tokens: 2048, context: 1024}\n"
+    )
+    plan = make_plan(load_recipe(str(write_recipe(tmp_path / "b.yaml", source, "{scheme: int8}", section))))
+    warned = " ".join(plan.warnings)
+    assert "context.factor 4 reaches 2,048 tokens; 1,024 need 2" in warned
+    assert "beyond the 512 tokens that the source was trained at" in warned
+    assert plan.prediction.context == 2048
+
+
+def test_keys_change_with_the_scaling_only(tmp_path: Path, source: Path) -> None:
+    """Another spelling of the same config has the same stages; another factor has others."""
+    keys = []
+    for number, section in enumerate(
+        ("", YARN, YARN.replace("}", ", factor: 4}"), YARN.replace("2048", "1024"))
+    ):
+        path = write_recipe(
+            tmp_path / f"{number}.yaml", source, "{scheme: int8}", f"{section}evaluate: null\n"
+        )
+        keys.append(stream_key(make_plan(load_recipe(str(path)))))
+    assert keys[1] == keys[2]
+    assert len(set(keys)) == 3

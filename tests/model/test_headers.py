@@ -20,6 +20,7 @@ CONFIGS = ROOT / "recipes" / "configs"
 PARAMETERS = {
     "llama-4-scout": 108_641_793_536,
     "llama-4-maverick": 401_583_781_376,
+    "llama-3-70b": 70_553_706_496,
     "llama-3.3-70b": 70_553_706_496,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-next-80b-a3b": 81_324_862_720,
