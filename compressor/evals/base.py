@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressor.evals.kv_record import KvResult
+    from compressor.evals.long_record import LongResult
+    from compressor.evals.long_spec import LongSpec
 
 # lm-eval tasks that run offline: each is calibration/NAME/NAME.yaml with its items beside it.
 SHIPPED_TASKS = ("piqa",)
@@ -77,6 +79,7 @@ class EvalSpec:
         context: tokens of one window.
         tasks: shipped lm-eval task -> how many of its items to use, None for all.
         seed: of the bootstrap interval.
+        long: what to measure at long context, or None.
     """
 
     text: Path
@@ -86,6 +89,7 @@ class EvalSpec:
     tasks: Mapping[str, int | None] = field(default_factory=dict)
     seed: int = 0
     text_is_shipped: bool = False
+    long: LongSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,7 @@ class EvalResult:
         activations_simulated: whether activations were quantized as the scheme says; None where it leaves
             them alone.
         kv: the result with each KV-cache format that was asked for, against itself with a 16-bit cache.
+        long: source and result at long context, or None where not asked for.
     """
 
     text: TextResult
@@ -182,11 +187,13 @@ class EvalResult:
     loaded_via: str
     activations_simulated: bool | None
     kv: tuple[KvResult, ...] = ()
+    long: LongResult | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able: the text's figures at the top, then ``tasks`` by name and how it was measured.
 
-        ``kv`` is a list with a record for each format, empty where none was asked for.
+        ``kv`` is a list with a record for each format, empty where none was asked for; ``long`` is there
+        where it was asked for.
         """
         return {
             **self.text.to_json(),
@@ -198,6 +205,7 @@ class EvalResult:
             "loaded_via": self.loaded_via,
             "activations_simulated": self.activations_simulated,
             "kv": [measured.to_json() for measured in self.kv],
+            **({"long": self.long.to_json()} if self.long else {}),
         }
 
 

@@ -66,7 +66,10 @@ def measured_content(spec: EvalSpec | None) -> dict[str, Any]:
     """What an evaluation's figures depend on: the text's content, not where it lies or how it was named."""
     if spec is None:
         return {}
-    facts = {
-        name: value for name, value in asdict(spec).items() if name not in ("text_label", "text_is_shipped")
-    }
+    unnamed = ("text_label", "text_is_shipped", "long")
+    facts = {name: value for name, value in asdict(spec).items() if name not in unnamed}
+    if spec.long is not None:
+        named = ("documents_label", "documents_are_shipped")
+        long = {name: value for name, value in asdict(spec.long).items() if name not in named}
+        facts["long"] = long | {"documents": file_sha256(spec.long.documents)}
     return facts | {"text": file_sha256(spec.text)}

@@ -1,0 +1,190 @@
+"""Everything that is measured at long context, of one pair of models."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from compressor.device import fast_dtype, pick_device
+from compressor.evals.kv_needle import Needle
+from compressor.evals.long_kept import Kept
+from compressor.evals.long_needle import KINDS, Kind, find, hide
+from compressor.evals.long_record import (
+    RESULT,
+    SLIDING,
+    SOURCE,
+    FoundCell,
+    LongResult,
+    LongText,
+    RulerScore,
+    bucket_edges,
+    by_position,
+)
+from compressor.evals.long_spec import LongSpec
+from compressor.evals.long_text import Documents, Sliding, long_documents, measure
+from compressor.evals.run import leading_token
+from compressor.model.load import set_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compressor.progress import Progress
+
+
+def evaluate_long(
+    source_model: PreTrainedModel,
+    result_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: LongSpec,
+    progress: Progress,
+    folder: Path | None = None,
+) -> LongResult:
+    """Measures the result against its source as it was given, whose positions nothing has scaled.
+
+    Both compute in ``fast_dtype()``: in float32 no fused attention of GPUs takes grouped heads, and without
+    it the scores of 131,072 tokens fit nowhere. They are moved and cast in place and stay so.
+
+    Args:
+        source_model: the source.
+        result_model: the result.
+        tokenizer: of both.
+        spec: what to measure.
+        progress: told the tokens done.
+        folder: where what is measured is kept until all is, or None to keep nothing.
+
+    Raises:
+        UserError: documents too short or too few, needles or tasks that do not fit.
+        CheckpointError: models that give NaN.
+    """
+    if folder is None:
+        with TemporaryDirectory() as scratch:
+            return evaluate_long(source_model, result_model, tokenizer, spec, progress, Path(scratch))
+    device = pick_device()
+    dtype = fast_dtype(device)
+    models = {
+        name: set_dtype(model, dtype).to(device)
+        for name, model in ((SOURCE, source_model), (RESULT, result_model))
+    }
+    documents = long_documents(
+        tokenizer,
+        spec.documents,
+        documents=spec.count,
+        tokens=spec.tokens,
+        first=leading_token(tokenizer),
+    )
+    kept = Kept(folder)
+    text = _text(models, documents, spec, kept, progress, str(dtype).removeprefix("torch."))
+    return LongResult(
+        text=text,
+        needles=_needles(models, tokenizer, documents, spec, kept, progress),
+        ruler=_ruler(models, tokenizer, spec, kept, progress),
+        documents_label=spec.documents_label,
+    )
+
+
+def _text(
+    models: Mapping[str, PreTrainedModel],
+    documents: Documents,
+    spec: LongSpec,
+    kept: Kept,
+    progress: Progress,
+    dtype: str,
+) -> LongText:
+    sliding = Sliding(spec.trained, spec.stride)
+    asked = ((SOURCE, SOURCE, None), (SLIDING, SOURCE, sliding), (RESULT, RESULT, None))
+    measured = {
+        name: measure(
+            models[whose],
+            documents,
+            sliding=window,
+            progress=progress,
+            label=name,
+            kept=partial(kept.row, name),
+        )
+        for name, whose, window in asked
+    }
+    return by_position(
+        measured,
+        bucket_edges(spec.trained, spec.tokens),
+        names=documents.names,
+        reference=SLIDING,
+        window=sliding.window,
+        stride=sliding.stride,
+        dtype=dtype,
+        seed=spec.seed,
+    )
+
+
+def _needles(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Documents,
+    spec: LongSpec,
+    kept: Kept,
+    progress: Progress,
+) -> dict[str, tuple[FoundCell, ...]]:
+    """The same texts for both models; needles are hidden in the first document."""
+    asked = spec.needles
+    if asked is None:
+        return {}
+    text_T = documents.ids_NT[0, int(documents.first is not None) :]
+
+    def hidden(kind: Kind, tokens: int) -> list[Needle]:
+        return hide(
+            tokenizer,
+            kind,
+            text_T,
+            tokens=tokens,
+            depths=asked.depths,
+            trials=asked.trials,
+            first=documents.first,
+            seed=spec.seed,
+        )
+
+    found: dict[str, tuple[FoundCell, ...]] = dict.fromkeys(models, ())
+    for kind in (kind for kind in KINDS if kind in asked.kinds):
+        needles = [needle for tokens in asked.lengths for needle in hidden(kind, tokens)]
+        for name, model in models.items():
+            answers = partial(kept.answer, f"{kind}-{name}")
+            found[name] += find(model, kind, needles, progress=progress, label=name, kept=answers)
+    return found
+
+
+def _ruler(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    spec: LongSpec,
+    kept: Kept,
+    progress: Progress,
+) -> dict[str, tuple[RulerScore, ...]]:
+    asked = spec.ruler
+    if asked is None:
+        return {}
+    # lm-eval takes seconds to import.
+    from compressor.evals.tasks import run_ruler
+
+    return {
+        name: tuple(
+            kept.score(
+                f"{task}-{tokens}-{name}",
+                partial(
+                    run_ruler,
+                    model,
+                    tokenizer,
+                    task,
+                    tokens=tokens,
+                    limit=asked.limit,
+                    seed=spec.seed,
+                    whose=name,
+                    progress=progress,
+                ),
+            )
+            for task in asked.tasks
+            for tokens in asked.lengths
+        )
+        for name, model in models.items()
+    }
