@@ -203,7 +203,7 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
         most = bounds.max_memory_bytes if bounds is not None else None
         apart = plan.context is not None and plan.context.measured_tokens
         scaled = scaled_source(plan) if apart else None
-        return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress, most, scaled)
+        return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress, most, scaled, folder)
 
     before = [stage for stage in (_context(plan, progress), kv) if stage is not None]
     stages = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from compressor.calibration.formats import is_json_lines
@@ -28,13 +29,13 @@ def text_sha256(path: Path) -> str:
 
 
 def check_calibration(
-    spec: CalibrationSpec, evaluation_text: Path | None, longest: int | None
+    spec: CalibrationSpec, measured: Mapping[str, Path], longest: int | None
 ) -> list[UserError]:
     """What is wrong with a calibration whose files were found.
 
     Args:
         spec: of ``compressor.recipe.mixtures.calibration_spec``.
-        evaluation_text: what source and result are measured on, which must be another text.
+        measured: what source and result are measured on, which must be other texts, by what they are.
         longest: the model's positions, if they are known.
 
     Returns:
@@ -49,13 +50,13 @@ def check_calibration(
                 fix=f"set it to {longest} at most",
             )
         )
-    held_out = scan_text(evaluation_text)[0] if evaluation_text is not None else None
+    held_out = {scan_text(path)[0]: what for what, path in measured.items()}
     for index, (dataset, share) in enumerate(zip(spec.datasets, spec.shares, strict=True)):
         where = spec.place(index)
-        if dataset.sha256 is not None and dataset.sha256 == held_out:
+        if dataset.sha256 in held_out:
             faults.append(
                 UserError(
-                    f"{dataset.name} is the evaluation text: a model fitted to it measures nothing there",
+                    f"{dataset.name} is {held_out[dataset.sha256]}: a model fitted to it measures nothing",
                     where=where,
                     fix="calibrate on another text",
                 )

@@ -65,6 +65,7 @@ def command(
             "planned": plan.kv and dataclasses.asdict(plan.kv),
             "formats": [dataclasses.asdict(option) for option in plan.kv_options],
         },
+        "long_evaluation": plan.long and plan.long.to_json(),
         "reload_rss_bytes": plan.reload_rss_bytes,
         "warnings": list(plan.warnings),
     }

@@ -42,6 +42,8 @@ def print_plan(plan: Plan) -> None:
     if plan.oneshot is not None:
         how = "by llm-compressor, the model in memory"
         console.print(_titled("data", _shown(plan.oneshot.calibration), how))
+    if plan.long is not None:
+        console.print(_titled("long", *plan.long.described()))
     # A path must survive copying.
     shards = f"{len(plan.shards)} shard{'s' if len(plan.shards) > 1 else ''}"
     console.print(f"\noutput  {plan.output} ({shards})", soft_wrap=True)

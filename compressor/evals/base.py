@@ -91,6 +91,12 @@ class EvalSpec:
     text_is_shipped: bool = False
     long: LongSpec | None = None
 
+    @property
+    def texts(self) -> dict[str, Path]:
+        """The files that are measured on, by how a message names them."""
+        long = {} if self.long is None else {"the long evaluation's documents": self.long.documents}
+        return {"the evaluation text": self.text} | long
+
 
 @dataclass(frozen=True)
 class TaskResult:

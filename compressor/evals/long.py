@@ -35,6 +35,17 @@ if TYPE_CHECKING:
     from compressor.progress import Progress
 
 
+def check_long(tokenizer: PreTrainedTokenizerBase, spec: LongSpec) -> None:
+    """Makes what will be measured on, and forgets it: faults cost seconds, not hours.
+
+    Raises:
+        UserError: documents too short or too few, lengths without room for a number.
+    """
+    documents = _documents(tokenizer, spec)
+    for kind, tokens in _asked_needles(spec):
+        _hidden(tokenizer, documents, spec, kind, tokens, trials=1)
+
+
 def evaluate_long(
     source_model: PreTrainedModel,
     result_model: PreTrainedModel,
@@ -69,13 +80,7 @@ def evaluate_long(
         name: set_dtype(model, dtype).to(device)
         for name, model in ((SOURCE, source_model), (RESULT, result_model))
     }
-    documents = long_documents(
-        tokenizer,
-        spec.documents,
-        documents=spec.count,
-        tokens=spec.tokens,
-        first=leading_token(tokenizer),
-    )
+    documents = _documents(tokenizer, spec)
     kept = Kept(folder)
     text = _text(models, documents, spec, kept, progress, str(dtype).removeprefix("torch."))
     return LongResult(
@@ -86,6 +91,11 @@ def evaluate_long(
     )
 
 
+def _documents(tokenizer: PreTrainedTokenizerBase, spec: LongSpec) -> Documents:
+    first = leading_token(tokenizer)
+    return long_documents(tokenizer, spec.documents, documents=spec.count, tokens=spec.tokens, first=first)
+
+
 def _text(
     models: Mapping[str, PreTrainedModel],
     documents: Documents,
@@ -94,8 +104,10 @@ def _text(
     progress: Progress,
     dtype: str,
 ) -> LongText:
-    sliding = Sliding(spec.trained, spec.stride)
-    asked = ((SOURCE, SOURCE, None), (SLIDING, SOURCE, sliding), (RESULT, RESULT, None))
+    # Within the trained length the window is the whole document.
+    sliding = Sliding(spec.trained, spec.stride) if spec.tokens > spec.trained else None
+    through = () if sliding is None else ((SLIDING, SOURCE, sliding),)
+    asked = ((SOURCE, SOURCE, None), *through, (RESULT, RESULT, None))
     measured = {
         name: measure(
             models[whose],
@@ -111,9 +123,9 @@ def _text(
         measured,
         bucket_edges(spec.trained, spec.tokens),
         names=documents.names,
-        reference=SLIDING,
-        window=sliding.window,
-        stride=sliding.stride,
+        reference=SOURCE if sliding is None else SLIDING,
+        window=None if sliding is None else sliding.window,
+        stride=None if sliding is None else sliding.stride,
         dtype=dtype,
         seed=spec.seed,
     )
@@ -128,30 +140,42 @@ def _needles(
     progress: Progress,
 ) -> dict[str, tuple[FoundCell, ...]]:
     """The same texts for both models; needles are hidden in the first document."""
-    asked = spec.needles
-    if asked is None:
-        return {}
-    text_T = documents.ids_NT[0, int(documents.first is not None) :]
-
-    def hidden(kind: Kind, tokens: int) -> list[Needle]:
-        return hide(
-            tokenizer,
-            kind,
-            text_T,
-            tokens=tokens,
-            depths=asked.depths,
-            trials=asked.trials,
-            first=documents.first,
-            seed=spec.seed,
-        )
-
-    found: dict[str, tuple[FoundCell, ...]] = dict.fromkeys(models, ())
-    for kind in (kind for kind in KINDS if kind in asked.kinds):
-        needles = [needle for tokens in asked.lengths for needle in hidden(kind, tokens)]
+    found: dict[str, tuple[FoundCell, ...]] = dict.fromkeys(models, ()) if spec.needles else {}
+    for kind, tokens in _asked_needles(spec):
+        needles = _hidden(tokenizer, documents, spec, kind, tokens)
         for name, model in models.items():
-            answers = partial(kept.answer, f"{kind}-{name}")
+            answers = partial(kept.answer, f"{kind}-{tokens}-{name}")
             found[name] += find(model, kind, needles, progress=progress, label=name, kept=answers)
     return found
+
+
+def _asked_needles(spec: LongSpec) -> list[tuple[Kind, int]]:
+    """Kinds and lengths."""
+    asked = spec.needles
+    return [(kind, tokens) for kind in KINDS if asked and kind in asked.kinds for tokens in asked.lengths]
+
+
+def _hidden(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Documents,
+    spec: LongSpec,
+    kind: Kind,
+    tokens: int,
+    trials: int | None = None,
+) -> list[Needle]:
+    """Of one kind and length; the same for both models."""
+    asked = spec.needles
+    assert asked is not None
+    return hide(
+        tokenizer,
+        kind,
+        documents.ids_NT[0, int(documents.first is not None) :],
+        tokens=tokens,
+        depths=asked.depths,
+        trials=trials or asked.trials,
+        first=documents.first,
+        seed=spec.seed,
+    )
 
 
 def _ruler(

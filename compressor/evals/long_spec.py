@@ -97,5 +97,9 @@ def check_ruler(name: str) -> str | None:
         )
     if name not in RULER_TASKS:
         return f"unknown RULER task {name!r}; offline are {', '.join(RULER_TASKS)}"
-    missing = [package for package in RULER_TASKS[name] if find_spec(package) is None]
-    return f"{name} needs the package {', '.join(missing)}, which is not installed" if missing else None
+    return None
+
+
+def missing_packages(name: str) -> list[str]:
+    """What one of ``RULER_TASKS`` needs beside lm-eval and is not installed."""
+    return [package for package in RULER_TASKS[name] if find_spec(package) is None]

@@ -19,7 +19,7 @@ from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import TaskResult
 from compressor.evals.head import plain_head
 from compressor.evals.long_record import RulerScore
-from compressor.evals.long_spec import check_ruler
+from compressor.evals.long_spec import check_ruler, missing_packages
 from compressor.model.quiet import quiet
 
 if TYPE_CHECKING:
@@ -212,9 +212,10 @@ def run_ruler(
     Raises:
         UserError: the task cannot be run, or a sample does not fit in ``tokens``.
     """
-    reason = check_ruler(task)
-    if reason is not None:
+    if reason := check_ruler(task):
         raise UserError(reason)
+    if missing := missing_packages(task):
+        raise UserError(f"{task} needs the package {', '.join(missing)}, which is not installed")
     progress.start(f"{task} {tokens:,} ({whose})", limit, "items")
     with quiet():
         samples = ruler_samples(task, tokenizer, tokens=tokens, count=limit, seed=seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,15 @@ from typing import Any
 from compressor import data
 from compressor.device import available_device_bytes, available_memory_bytes
 from compressor.errors import PlanError, UserError
-from compressor.model.families import text_config
 from compressor.planner.predict import BASE_RSS_BYTES, Prediction
-from compressor.planner.sizes import DTYPE_BYTES, Device, active_parameters, hidden_size, planned_device
+from compressor.planner.sizes import (
+    DTYPE_BYTES,
+    FLOPS,
+    Device,
+    hidden_size,
+    pass_flops,
+    planned_device,
+)
 from compressor.recipe.context_search import SearchSection
 from compressor.recipe.load import LoadedRecipe
 from compressor.report.words import duration
@@ -22,9 +29,6 @@ from compressor.rope.spec import ContextSpec
 from compressor.stages.base import Claim
 
 _WHERE = "context.search"
-# Floating-point operations a second. CPU: a core or two in passes of SmolLM2-135M over 16,384 tokens;
-# accelerators: a fifth of an H100's peak in bfloat16, not measured.
-_FLOPS = {"cpu": 9e10, "cuda": 2e14}
 # Activations of a pass in hidden states of all tokens, and the logits of some.
 _HIDDEN_STATES = 16
 _LOGIT_BYTES = 1 << 30
@@ -95,8 +99,8 @@ class SearchPlan:
     def costed(self, claims: Sequence[Claim], config: dict[str, Any]) -> SearchPlan:
         """With memory and time, of a model with these tensors."""
         spec = self.spec
-        each = _pass_flops(claims, config, self.tokens)
-        each += STRETCHES * _pass_flops(claims, config, self.original_length)
+        each = pass_flops(claims, config, self.tokens)
+        each += STRETCHES * pass_flops(claims, config, self.original_length)
         scored = self.candidates * spec.search_documents + 2 * spec.accept_documents
         if spec.objective == "needle":
             scored += 2 * spec.accept_documents
@@ -106,7 +110,7 @@ class SearchPlan:
         return replace(
             self,
             held_bytes=width * (weights + states) + _LOGIT_BYTES,
-            time_s=scored * each / _FLOPS[self.device],
+            time_s=scored * each / FLOPS[self.device],
         )
 
 
@@ -185,18 +189,11 @@ def _evaluated(loaded: LoadedRecipe) -> dict[str, str]:
     section = loaded.recipe.evaluate
     if section is None:
         return {}
-    try:
-        return {data.scan_text(data.find(section.text, beside=loaded.folder))[0]: "evaluate.text"}
-    except (UserError, OSError):
-        return {}
-
-
-def _pass_flops(claims: Sequence[Claim], config: dict[str, Any], tokens: int) -> float:
-    """Of one forward pass over a text: products with weights, and causal attention."""
-    text = text_config(config)
-    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    attention = 0.0
-    if isinstance(layers, int) and isinstance(heads, int) and heads > 0:
-        width = text.get("head_dim") or hidden_size(config) // heads
-        attention = 2.0 * layers * heads * width * tokens**2
-    return 2 * active_parameters(claims, config) * tokens + attention
+    named = {"evaluate.text": section.text}
+    if section.long is not None:
+        named["evaluate.long.documents"] = section.long.documents
+    found = {}
+    for key, name in named.items():
+        with suppress(UserError, OSError):
+            found[data.scan_text(data.find(name, beside=loaded.folder))[0]] = key
+    return found

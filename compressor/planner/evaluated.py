@@ -10,16 +10,17 @@ from compressor import data
 from compressor.budget.gates import check_gate_metric
 from compressor.errors import PlanError, UserError
 from compressor.evals.base import SHIPPED_TASKS, EvalSpec
+from compressor.planner.evaluated_long import long_spec
 from compressor.planner.faults import collect
 from compressor.planner.places import check_text
 from compressor.recipe.load import LoadedRecipe
 from compressor.workspace import file_sha256
 
 
-def evaluation_spec(loaded: LoadedRecipe, longest: int | None) -> EvalSpec | None:
+def evaluation_spec(loaded: LoadedRecipe, longest: int | None, config: dict[str, Any]) -> EvalSpec | None:
     """The recipe's ``evaluate`` section with its files found and its names checked.
 
-    ``longest`` is the model's context, in tokens, if it is known.
+    ``longest`` is the result's context, in tokens, if it is known; ``config`` the source's as it was given.
 
     Raises:
         PlanError: a missing text, an unknown task or metric; all of them together.
@@ -49,6 +50,9 @@ def evaluation_spec(loaded: LoadedRecipe, longest: int | None) -> EvalSpec | Non
         what = f"{section.text} has {size:,} bytes; {section.tokens:,} tokens of it are to be read"
         where = "evaluate.text" if "evaluate.text" in loaded.places else "evaluate.tokens"
         faults.append(UserError(what, where=where, fix="lower evaluate.tokens, or name a longer text"))
+    long = None
+    if (asked := section.long) is not None:
+        long = collect(faults, lambda: long_spec(loaded, asked, config, longest))
     if text is None or faults:
         raise PlanError(faults)
     return EvalSpec(
@@ -59,6 +63,7 @@ def evaluation_spec(loaded: LoadedRecipe, longest: int | None) -> EvalSpec | Non
         tasks=tasks,
         seed=loaded.recipe.seed,
         text_is_shipped=text.is_relative_to(data.shipped_root() / "calibration"),
+        long=long,
     )
 
 

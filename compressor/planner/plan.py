@@ -30,6 +30,7 @@ from compressor.planner.context import (
     settled_context,
 )
 from compressor.planner.evaluated import evaluation_spec
+from compressor.planner.evaluated_long import LongCost, long_cost
 from compressor.planner.faults import collect
 from compressor.planner.keys import own_stages
 from compressor.planner.kv_bytes import full_context
@@ -118,6 +119,11 @@ class Plan:
         return context_key(self.context, self.source.fingerprint)
 
     @property
+    def long(self) -> LongCost | None:
+        """What measuring at long context takes, or None where the recipe asks for none."""
+        return long_cost(self.evaluation, self.claims, self.source.config)
+
+    @property
     def weights_source(self) -> str:
         """Content key of what weights are read from: the same, or the same once it is folded."""
         return kv_weights_source(self.kv_stage, self.base_source)
@@ -158,7 +164,7 @@ def make_plan(
     given = _open(loaded, space, faults, planning=planning, allow_code=allow_code)
     context = _context(loaded, given, faults)
     source = configured_source(context, given)
-    evaluation = collect(faults, lambda: evaluation_spec(loaded, full_context(source.config)))
+    evaluation = collect(faults, lambda: evaluation_spec(loaded, full_context(source.config), given.config))
     family, dialect = family_for(source.config), DIALECTS[recipe.export.format]
     claims, warnings = settle_solvers(claimed(loaded, given, source, dialect, faults))
     faults += solving_faults(claims, source, dialect, polished=recipe.weights.polish is not None)
@@ -254,7 +260,7 @@ def _calibration(
     if not needed:
         warnings.append("calibration has no effect: no scheme or solver of this recipe needs data")
         return spec
-    faults += check_calibration(spec, evaluation.text if evaluation else None, longest)
+    faults += check_calibration(spec, evaluation.texts if evaluation else {}, longest)
     faults += image_faults(spec, source, claims, polished=loaded.recipe.weights.polish is not None)
     found = collect(faults, lambda: pinned(spec, planning=planning))
     if found is None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor import data
+from compressor.evals.long_spec import LongSpec
+from compressor.recipe.evaluate_long import LongSection
 from compressor.recipe.mixtures import seen_from
 from compressor.recipe.model import Recipe
 
@@ -28,6 +30,9 @@ def recipe_seen_from(folder: Path, plan: Plan) -> Recipe:
     if recipe.evaluate is not None and spec is not None and given and not spec.text_is_shipped:
         moved = os.path.relpath(spec.text, folder)
         recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"text": moved})})
+    if recipe.evaluate is not None and recipe.evaluate.long is not None and spec is not None:
+        long = _long(folder, recipe.evaluate.long, spec.long)
+        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"long": long})})
     if plan.calibration is not None:
         seen = seen_from(folder, recipe.calibration, plan.calibration)
         recipe = recipe.model_copy(update={"calibration": seen})
@@ -49,3 +54,9 @@ def _with_documents(recipe: Recipe, plan: Plan, folder: Path) -> Recipe:
     }
     section = recipe.context.model_copy(update={"search": recipe.context.search.model_copy(update=moved)})
     return recipe.model_copy(update={"context": section})
+
+
+def _long(folder: Path, section: LongSection, spec: LongSpec | None) -> LongSection:
+    if spec is None or spec.documents_are_shipped or Path(section.documents).is_absolute():
+        return section
+    return section.model_copy(update={"documents": os.path.relpath(spec.documents, folder)})

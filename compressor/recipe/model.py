@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_v
 from compressor.dialects.base import DialectName
 from compressor.recipe.calibration import CalibrationSection
 from compressor.recipe.context import ContextSection
+from compressor.recipe.evaluate_long import LongSection
 from compressor.recipe.fields import (
     Bytes,
     Count,
@@ -194,6 +195,11 @@ class EvaluateSection(Section):
     )
     gates: tuple[Gate, ...] = Field(
         default=(), description="Bounds that decide whether the result is exported."
+    )
+    long: LongSection | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="What is measured at long context, beyond the text: by default nothing.",
     )
 
     @model_validator(mode="after")

@@ -44,11 +44,13 @@ def evaluate_stage(
     progress: Progress,
     most_bytes: int | None = None,
     scaled: Source | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Facts for the report: ``evaluation`` (or None), ``gate_values``, and how the checkpoint was reloaded.
 
     ``most_bytes``: of memory, where not all that is free may be taken. ``scaled``: the source with its
-    positions scaled, to be measured as well (``scaling_cost``).
+    positions scaled, to be measured as well (``scaling_cost``). ``folder``: keeps what is measured at long
+    context, until all is.
 
     Raises:
         CheckpointError: transformers cannot load the result, or it computes NaN.
@@ -70,7 +72,7 @@ def evaluate_stage(
     result = reload(checkpoint, source)
     if spec is None:
         return {"evaluation": None, "gate_values": {}, "reloaded": result.via}
-    measured = measure(source, checkpoint, result, spec, progress)
+    measured = measure(source, checkpoint, result, spec, progress, folder)
     facts = {
         "evaluation": measured.to_json(),
         "gate_values": gate_values(measured),
@@ -83,7 +85,7 @@ def evaluate_stage(
 
 
 def check_tokens(source: Source, spec: EvalSpec, space: Workspace) -> None:
-    """Tokenizes the text before the weights are compressed: a text too short costs seconds, not hours.
+    """Tokenizes the texts before the weights are compressed: one too short costs seconds, not hours.
 
     Raises:
         CheckpointError: the source has no tokenizer that transformers can load.
@@ -99,6 +101,14 @@ def check_tokens(source: Source, spec: EvalSpec, space: Workspace) -> None:
             raise
         fix = "lower evaluate.tokens, or name another evaluate.text"
         raise UserError(f"{spec.text_label}: {error.what}", where="evaluate.text", fix=fix) from error
+    if spec.long is None:
+        return
+    from compressor.evals.long import check_long
+
+    try:
+        check_long(tokenizer, spec.long)
+    except UserError as error:
+        raise UserError(error.what, where="evaluate.long", fix=error.fix) from error
 
 
 @quiet()
@@ -127,9 +137,16 @@ def reload(checkpoint: Path, source: Source) -> LoadedCheckpoint:
 
 
 def measure(
-    source: Source, checkpoint: Path, result: LoadedCheckpoint, spec: EvalSpec, progress: Progress
+    source: Source,
+    checkpoint: Path,
+    result: LoadedCheckpoint,
+    spec: EvalSpec,
+    progress: Progress,
+    folder: Path | None = None,
 ) -> EvalResult:
     """Everything that ``spec`` asks for, of the reloaded result against its source.
+
+    ``folder``: where what is measured at long context is kept until all is.
 
     A result with a ``kv_plan.json`` is also measured with its cache stored so, against a 16-bit one: as
     stored, and as vLLM reads it, where that differs.
@@ -153,4 +170,9 @@ def measure(
         with_kv(measured, model, tokenizer, asked, spec, progress, mode=mode).kv
         for mode, asked in variants.items()
     ]
-    return replace(measured, kv=tuple(found for of_mode in kv for found in of_mode))
+    measured = replace(measured, kv=tuple(found for of_mode in kv for found in of_mode))
+    if spec.long is None:
+        return measured
+    from compressor.evals.long import evaluate_long
+
+    return replace(measured, long=evaluate_long(source_model, model, tokenizer, spec.long, progress, folder))

@@ -26,8 +26,8 @@ def test_nothing_is_wrong_with_what_is_right(spec: CalibrationSpec, tmp_path: Pa
     """Enough text, another than the evaluation's, rows as long as the model allows."""
     other = tmp_path / "other.txt"
     other.write_text("other")
-    assert check_calibration(spec, other, 64) == []
-    assert check_calibration(spec, None, None) == []
+    assert check_calibration(spec, {"the evaluation text": other}, 64) == []
+    assert check_calibration(spec, {}, None) == []
 
 
 def test_the_evaluation_text_is_refused(spec: CalibrationSpec, tmp_path: Path) -> None:
@@ -38,21 +38,21 @@ def test_the_evaluation_text_is_refused(spec: CalibrationSpec, tmp_path: Path) -
     copy.write_bytes(path.read_bytes())
     link.symlink_to(path)
     for text in (path, copy, link):
-        (fault,) = check_calibration(spec, text, None)
+        (fault,) = check_calibration(spec, {"the evaluation text": text}, None)
         assert "t.jsonl is the evaluation text" in fault.what
         assert fault.where == "calibration.datasets.0"
 
 
 def test_rows_longer_than_the_model_are_refused(spec: CalibrationSpec) -> None:
     """At the key to change."""
-    (fault,) = check_calibration(spec, None, 63)
+    (fault,) = check_calibration(spec, {}, 63)
     assert fault.where == "calibration.sequence_length"
     assert "64 tokens are longer than the model's context of 63" in fault.what
 
 
 def test_far_too_little_text_is_seen_without_a_tokenizer(spec: CalibrationSpec) -> None:
     """Blamed on the mixture's file where the recipe lists no datasets."""
-    (fault,) = check_calibration(replace(spec, num_samples=1000, mixture=Path("m.yaml")), None, None)
+    (fault,) = check_calibration(replace(spec, num_samples=1000, mixture=Path("m.yaml")), {}, None)
     assert "its share of the calibration is 64,000 tokens" in fault.what
     assert fault.where == "m.yaml"
 
@@ -66,7 +66,7 @@ def test_a_hundred_million_rows_are_refused_at_once(
         raise AssertionError
 
     monkeypatch.setattr(CalibrationSpec, "order", order)
-    (fault,) = check_calibration(replace(spec, num_samples=10**8), None, None)
+    (fault,) = check_calibration(replace(spec, num_samples=10**8), {}, None)
     assert "its share of the calibration is 6,400,000,000 tokens" in fault.what
 
 
@@ -74,8 +74,8 @@ def test_a_dataset_too_light_for_a_row_needs_no_text(spec: CalibrationSpec, tmp_
     """A third of two rows is none."""
     small = (dataset(tmp_path / "s.jsonl", ["a"]), dataset(tmp_path / "u.jsonl", ["a"]))
     spec = CalibrationSpec((*spec.datasets, *small), 2, 64)
-    assert check_calibration(spec, None, None) == []
-    faults = check_calibration(replace(spec, num_samples=3), None, None)
+    assert check_calibration(spec, {}, None) == []
+    faults = check_calibration(replace(spec, num_samples=3), {}, None)
     assert [fault.where for fault in faults] == ["calibration.datasets.1", "calibration.datasets.2"]
 
 
