@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from compressor.checkpoint.layout import load_config
 from compressor.checkpoint.sources import From, open_source
 from compressor.data import find
-from compressor.errors import CheckpointError
+from compressor.errors import CheckpointError, PlanError, UserError
 from compressor.evals.base import EvalResult, EvalSpec
 from compressor.evals.kv_feed import Mode
+from compressor.evals.long_spec import LongSpec
+from compressor.planner.evaluated_long import long_spec
+from compressor.planner.kv_bytes import full_context
 from compressor.progress import Progress
+from compressor.recipe.evaluate_long import LongSection
 from compressor.stages.kv_evaluate import check_kv_formats, kv_variants, with_kv
+
+# Keys of a recipe -> how the command line spells them.
+LONG_OPTIONS = {
+    "evaluate.long.documents": "--long",
+    "evaluate.long.tokens": "--long-tokens",
+    "evaluate.long.stride": "--long-stride",
+    "evaluate.long.needles.lengths": "--long-needles",
+    "evaluate.long.ruler.lengths": "--long-ruler-tokens",
+}
 
 
 def compare(
@@ -29,6 +44,9 @@ def compare(
     kv: Sequence[str] = (),
     kv_mode: Mode = "strict",
     kv_needle: Sequence[int] = (),
+    long: LongSection | None = None,
+    long_window: int | None = None,
+    long_seed: int = 0,
 ) -> EvalResult:
     """Perplexity, KL and agreement of ``checkpoint`` against ``source``, both loaded from disk.
 
@@ -45,6 +63,9 @@ def compare(
         kv: KV-cache formats to measure the checkpoint with, against itself with a 16-bit cache.
         kv_mode: what attention reads of them, see ``evals.kv_feed``.
         kv_needle: lengths in tokens of texts to hide needles in, for these formats.
+        long: what to measure at long context, or None.
+        long_window: tokens of the sliding window, or None for what the source's config says.
+        long_seed: of numbers, samples and intervals.
 
     Raises:
         UserError: anything that is missing, unreadable or does not fit together.
@@ -56,15 +77,21 @@ def compare(
     check_kv_formats(kv, checkpoint)
     found = find(text, what="evaluation text")
     opened = open_source(source, revision=revision, cache=cache, from_=from_)
+    spec = EvalSpec(text=found, text_label=text, tokens=tokens, context=context)
+    if long is not None:
+        spec = replace(spec, long=_long(long, opened.config, checkpoint, long_window, long_seed))
     import torch
 
+    from compressor.evals.long import check_long, evaluate_long
     from compressor.evals.run import evaluate_pair
     from compressor.evals.text import check_context
     from compressor.model.decode import fused_tensors
     from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer
     from compressor.stages.simulated import simulate_activations
 
-    spec = EvalSpec(text=found, text_label=text, tokens=tokens, context=context)
+    tokenizer = load_tokenizer(checkpoint)
+    if spec.long is not None:
+        check_long(tokenizer, spec.long)
     try:
         result = load_checkpoint_model(
             checkpoint, torch.float32, fused=fused_tensors(opened), cache_16bit=True
@@ -83,13 +110,37 @@ def compare(
     for length in kv_needle:
         check_context(result.model, length)
     result = simulate_activations(result, checkpoint, opened)
-    tokenizer = load_tokenizer(checkpoint)
-    measured = evaluate_pair(load_source_model(opened, torch.float32), result, tokenizer, spec, progress)
-    model = result.model
-    return with_kv(measured, model, tokenizer, variants, spec, progress, mode=kv_mode, needle=kv_needle)
+    source_model, model = load_source_model(opened, torch.float32), result.model
+    measured = evaluate_pair(source_model, result, tokenizer, spec, progress)
+    measured = with_kv(measured, model, tokenizer, variants, spec, progress, mode=kv_mode, needle=kv_needle)
+    if spec.long is None:
+        return measured
+    return replace(measured, long=evaluate_long(source_model, model, tokenizer, spec.long, progress))
+
+
+def _long(
+    section: LongSection, source: dict[str, Any], checkpoint: Path, window: int | None, seed: int
+) -> LongSpec:
+    """The options as a spec; faults name the options."""
+    longest = full_context(_config(checkpoint))
+    try:
+        return long_spec(section, source, longest, beside=Path.cwd(), trained=window, seed=seed)
+    except PlanError as error:
+        raise PlanError([_of_option(fault) for fault in error.faults]) from error
+    except UserError as error:
+        raise _of_option(error) from error
+
+
+def _of_option(fault: UserError) -> UserError:
+    """``evaluate.long.needles.lengths`` of a recipe is an option's on the command line."""
+    return UserError(fault.what, where=LONG_OPTIONS.get(fault.where, fault.where), fix=fault.fix)
 
 
 def _kind(checkpoint: Path) -> object:
     """The folder's ``model_type``."""
+    return _config(checkpoint).get("model_type")
+
+
+def _config(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / "config.json"
-    return load_config(file.read_bytes(), str(file)).get("model_type")
+    return load_config(file.read_bytes(), str(file))

@@ -15,6 +15,7 @@ import psutil
 
 from compressor import device
 from compressor.budget.gates import GateVerdict
+from compressor.evals.long_spec import LongSpec
 from compressor.planner.plan import Plan
 from compressor.report.calibration import (
     CalibratedMatrix,
@@ -28,6 +29,7 @@ from compressor.report.calibration import (
 )
 from compressor.report.context import ContextFacts
 from compressor.report.kv import KvFacts
+from compressor.report.long import long_facts
 from compressor.report.model import (
     Device,
     Divergence,
@@ -137,6 +139,7 @@ def summarize(
         calibration=_calibration(walked, streamed, plan.claims) if walked else None,
         kv=kv,
         context=context,
+        long=long_facts(evaluation["long"]) if evaluation and "long" in evaluation else None,
     )
 
 
@@ -187,8 +190,24 @@ def _eval_command(plan: Plan, evaluation: Mapping[str, Any], output: Path) -> st
         *(("--from", "dequantize") if said.from_ else ()),
         *("--text", spec.text_label if spec.text_is_shipped else _shown(spec.text)),
         *("--tokens", str(evaluation["tokens"]), "--context", str(evaluation["context"])),
+        *(_long_words(spec.long) if spec.long else ()),
     ]
     return shlex.join(words)
+
+
+def _long_words(spec: LongSpec) -> list[str]:
+    """Options of ``compress eval`` that measure the same at long context."""
+    documents = spec.documents_label if spec.documents_are_shipped else _shown(spec.documents)
+    words = ["--long", documents, "--long-documents", str(spec.count), "--long-tokens", str(spec.tokens)]
+    words += ["--long-window", str(spec.trained), "--long-stride", str(spec.stride)]
+    if (asked := spec.needles) is not None:
+        words += ["--long-needles", ",".join(map(str, asked.lengths)), "--long-trials", str(asked.trials)]
+        words += ["--long-depths", ",".join(f"{depth:g}" for depth in asked.depths)]
+        words += ["--long-kinds", ",".join(asked.kinds)]
+    if (ruler := spec.ruler) is not None:
+        words += ["--long-ruler", ",".join(ruler.tasks), "--long-limit", str(ruler.limit)]
+        words += ["--long-ruler-tokens", ",".join(map(str, ruler.lengths))]
+    return [*words, "--long-seed", str(spec.seed)]
 
 
 def _shown(folder: Path) -> str:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
+from compressor.cli.long_options import long_options
 from compressor.cli.options import DEFAULT_WORKSPACE, from_option, log_json_option, quiet_option
 from compressor.errors import UserError
+
+if TYPE_CHECKING:
+    from compressor.recipe.evaluate_long import LongSection
+
+
+# With --long alone: of a shipped text, as many tokens as a recipe reads by default.
+_TEXT, _TOKENS = "calibration/heldout.jsonl", 16384
 
 
 @click.command(name="eval")
@@ -20,7 +28,7 @@ from compressor.errors import UserError
 )
 @click.option("--revision", help="Commit, tag or branch of a Hub source.")
 @from_option
-@click.option("--text", required=True, help="A UTF-8 text, or .jsonl with a text field.")
+@click.option("--text", help=f"A UTF-8 text, or .jsonl with a text field.  [with --long: {_TEXT}]")
 @click.option("--tokens", type=click.IntRange(min=2), help="Tokens of the text to read.  [default: all]")
 @click.option("--context", type=click.IntRange(min=2), default=1024, show_default=True, help="Window tokens.")
 @click.option(
@@ -37,6 +45,7 @@ from compressor.errors import UserError
 @click.option(
     "--kv-needle", metavar="TOKENS[,TOKENS...]", help="Hide needles in texts of these lengths for --kv."
 )
+@long_options
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
 @quiet_option
 @log_json_option
@@ -45,12 +54,15 @@ def command(
     source: str,
     revision: str | None,
     from_: Literal["dequantize"] | None,
-    text: str,
+    text: str | None,
     tokens: int | None,
     context: int,
     kv_formats: str | None,
     kv_mode: Literal["strict", "vllm"] | None,
     kv_needle: str | None,
+    long: LongSection | None,
+    long_window: int | None,
+    long_seed: int,
     as_json: bool,
     quiet: bool,
     log_json: bool,
@@ -58,7 +70,8 @@ def command(
     """Measure the folder CHECKPOINT against its source on any text.
 
     Perplexity of both, KL divergence and top-1 agreement, on the same tokens. With --kv also CHECKPOINT with
-    its KV cache in each format against itself with a 16-bit cache.
+    its KV cache in each format against itself with a 16-bit cache. With --long also both on long documents,
+    by position, and the source through a window of the length that it was trained at.
     """
     from compressor.cli.progress import reporter
     from compressor.compare import compare
@@ -67,6 +80,10 @@ def command(
         raise UserError(
             "--kv-mode and --kv-needle say how --kv measures", fix="name formats: --kv FORMAT,FORMAT"
         )
+    if text is None:
+        if long is None:
+            raise UserError("nothing to measure on", fix="name a text: --text FILE")
+        text, tokens = _TEXT, tokens or _TOKENS
     with reporter(quiet=quiet, log_json=log_json) as progress:
         result = compare(
             checkpoint,
@@ -81,6 +98,9 @@ def command(
             kv=_names(kv_formats),
             kv_mode=kv_mode or "strict",
             kv_needle=_lengths(kv_needle),
+            long=long,
+            long_window=long_window,
+            long_seed=long_seed,
         )
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
@@ -89,6 +109,7 @@ def command(
     from rich.table import Table
 
     from compressor.cli.kv_results import kv_tables
+    from compressor.report.terminal import print_long
 
     found = result.text
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -113,6 +134,8 @@ def command(
         f"{found.tokens:,} tokens of {result.text_label}, windows of {found.context}, {result.text_dtype}",
         soft_wrap=True,
     )
+    if result.long is not None:
+        print_long(result.long.to_json(), console)
     if result.kv:
         for measured in kv_tables(result.kv):
             console.print(measured)

@@ -52,7 +52,19 @@ def evaluation_spec(loaded: LoadedRecipe, longest: int | None, config: dict[str,
         faults.append(UserError(what, where=where, fix="lower evaluate.tokens, or name a longer text"))
     long = None
     if (asked := section.long) is not None:
-        long = collect(faults, lambda: long_spec(loaded, asked, config, longest))
+        context = loaded.recipe.context
+        long = collect(
+            faults,
+            lambda: long_spec(
+                asked,
+                config,
+                longest,
+                beside=loaded.folder,
+                target=context.target_length if context else None,
+                trained=context.original_length if context else None,
+                seed=loaded.recipe.seed,
+            ),
+        )
     if text is None or faults:
         raise PlanError(faults)
     return EvalSpec(

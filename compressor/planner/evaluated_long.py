@@ -16,7 +16,6 @@ from compressor.planner.faults import collect
 from compressor.planner.kv_bytes import full_context
 from compressor.planner.sizes import FLOPS, Device, pass_flops, planned_device
 from compressor.recipe.evaluate_long import LongSection
-from compressor.recipe.load import LoadedRecipe
 from compressor.report.words import duration
 from compressor.rope.positions import read_positions
 from compressor.stages.base import Claim
@@ -65,26 +64,35 @@ class LongCost:
 
 
 def long_spec(
-    loaded: LoadedRecipe, section: LongSection, config: dict[str, Any], longest: int | None
+    section: LongSection,
+    config: dict[str, Any],
+    longest: int | None,
+    *,
+    beside: Path,
+    target: int | None = None,
+    trained: int | None = None,
+    seed: int = 0,
 ) -> LongSpec:
     """The section with its documents found and checked.
 
     Args:
-        loaded: the recipe.
-        section: its ``evaluate.long``.
+        section: a recipe's ``evaluate.long``.
         config: of the source as it was given.
         longest: tokens that the result reads, if it is known.
+        beside: the recipe's folder.
+        target: tokens that the result was asked to read, or None.
+        trained: tokens that the source was trained at, or None for what ``config`` says.
+        seed: of numbers, samples and intervals.
 
     Raises:
         PlanError: unusable documents, or lengths that the result does not read.
     """
-    context = loaded.recipe.context
     faults: list[UserError] = []
-    trained = (context and context.original_length) or _trained(config)
-    tokens = section.tokens or (context.target_length if context else longest)
+    trained = trained or _trained(config)
+    tokens = section.tokens or target or longest
     if trained is None or tokens is None:
         what = "how many tokens the model reads is not known from its config.json"
-        raise UserError(what, where=f"{_WHERE}.tokens", fix="measure by `compress eval --long`")
+        raise UserError(what, where=f"{_WHERE}.tokens", fix="say it, and context.original_length")
     needles, ruler = section.needles, section.ruler
     asked: dict[str, tuple[int, ...]] = {"tokens": (tokens,)}
     asked["needles.lengths"] = needles.lengths if needles else ()
@@ -103,7 +111,7 @@ def long_spec(
         if missing := missing_packages(task):
             what = f"{task} needs the package {', '.join(missing)}, which is not installed"
             faults.append(UserError(what, where=f"{_WHERE}.ruler.tasks.{index}", fix="install it"))
-    path = collect(faults, lambda: _documents(section, loaded.folder, tokens))
+    path = collect(faults, lambda: _documents(section, beside, tokens))
     if path is None or faults:
         raise PlanError(faults)
     return LongSpec(
@@ -117,7 +125,7 @@ def long_spec(
         if needles is None
         else LongNeedles(needles.kinds, needles.lengths or (tokens,), needles.depths, needles.trials),
         ruler=None if ruler is None else LongRuler(ruler.tasks, ruler.lengths or (tokens,), ruler.limit),
-        seed=loaded.recipe.seed,
+        seed=seed,
         documents_are_shipped=path.is_relative_to(data.shipped_root() / "calibration"),
     )
 
@@ -164,7 +172,10 @@ def _documents(section: LongSection, beside: Path, tokens: int) -> Path:
         UserError: it has not.
     """
     where = f"{_WHERE}.documents"
-    path = data.find(section.documents, beside=beside, what="file of long documents")
+    try:
+        path = data.find(section.documents, beside=beside, what="file of long documents")
+    except UserError as error:
+        raise UserError(error.what, where=where, fix=error.fix) from error
     if not path.is_file():
         raise UserError("is not a file", where=where, fix="name a file of long documents")
     sizes = [len(text.encode(errors="replace")) for _, text in read_documents(path)]

@@ -35,6 +35,7 @@ from compressor.report.kv import (
     kv_quality_rows,
     kv_rows,
 )
+from compressor.report.long import LongFacts, long_caption, long_tables
 from compressor.report.model import Report
 from compressor.report.serve import request_command
 from compressor.report.words import short_name, size, visible
@@ -65,6 +66,7 @@ def render_card(report: Report, recipe_yaml: str) -> str:
         _done(report),
         *([_context(report.context)] if report.context else []),
         *([_calibration(report, report.calibration)] if report.calibration else []),
+        *([_long(report.long)] if report.long else []),
         *([_kv(report.kv)] if report.kv else []),
         _serving(report),
         _verified(report),
@@ -172,6 +174,12 @@ def _context(facts: ContextFacts) -> str:
     return "\n\n".join(parts)
 
 
+def _long(facts: LongFacts) -> str:
+    parts = ["## Long context"]
+    parts += [_table(heads, cells, left=left) for heads, cells, left in long_tables(facts)]
+    return "\n\n".join([*parts, *([_caption(long_caption(facts))] if facts.text else [])])
+
+
 def _kv(facts: KvFacts) -> str:
     parts = ["## KV cache", _caption(kv_caption(facts))]
     if facts.sizes:
@@ -243,7 +251,11 @@ def _limits(report: Report) -> str:
     else:
         lines.append(
             f"Quality was measured on {report.quality.text} in windows of {report.quality.context:,} tokens; "
-            "other languages, other tasks and longer contexts were not."
+            + (
+                "other languages and tasks were not."
+                if report.long
+                else "other languages, other tasks and longer contexts were not."
+            )
         )
         if not report.quality.tasks:
             lines.append("No downstream task was run.")

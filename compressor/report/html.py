@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from compressor.report import rows
 from compressor.report.context import (
@@ -21,6 +22,7 @@ from compressor.report.context import (
 )
 from compressor.report.experts import EXPERT_HEADS, expert_rows
 from compressor.report.kv import KV_HEADS, KV_QUALITY_HEADS, kv_caption, kv_notes, kv_quality_rows, kv_rows
+from compressor.report.long import LongFacts, long_caption, long_tables, places
 from compressor.report.model import Report
 from compressor.report.serve import request_command
 from compressor.report.words import percent, short_name, size, visible
@@ -78,6 +80,7 @@ def render_html(report: Report) -> str:
         search_heads=SEARCH_HEADS,
         search_rows=search_rows(report.context) if report.context else [],
         context_notes=context_notes(report.context) if report.context else [],
+        **_long(report.long),
         kv=report.kv is not None,
         kv_caption=kv_caption(report.kv) if report.kv else "",
         kv_heads=KV_HEADS,
@@ -91,6 +94,22 @@ def render_html(report: Report) -> str:
         verdict=rows.verdict(found) if found else rows.UNVERIFIED,
         request=request_command(report.serve.model),
     )
+
+
+def _long(facts: LongFacts | None) -> dict[str, object]:
+    """Long context: its tables, and drawings, which are slow to make."""
+    if facts is None:
+        return {"long": False}
+    from compressor.report.long_plot import found_svg, nll_svg
+
+    kinds = dict.fromkeys(kind for kind, _ in places(facts))
+    drawn = [nll_svg(facts), *(found_svg(facts, kind) for kind in kinds)]
+    return {
+        "long": True,
+        "long_tables": long_tables(facts),
+        "long_plots": [Markup(svg) for svg in drawn if svg],  # of numbers: no name of a stranger is in it
+        "long_caption": long_caption(facts),
+    }
 
 
 def _bar(title: str, segments: tuple[rows.Segment, ...], largest: int) -> dict[str, object]:

@@ -18,6 +18,7 @@ from compressor.errors import CheckpointError
 from compressor.report.calibration import CalibrationFacts
 from compressor.report.context import ContextFacts
 from compressor.report.kv import KvFacts
+from compressor.report.long import LongFacts
 from compressor.report.record import Count, Measure, Ordered, Record
 from compressor.report.verification import Verification
 
@@ -265,6 +266,7 @@ class Report(Record):
         calibration: what solvers were shown, and what it did for each matrix, or None where none was.
         kv: how the KV cache is stored, or None where the recipe does not say.
         context: how positions are scaled, or None where they are the source's.
+        long: what was measured at long context, or None.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -284,6 +286,7 @@ class Report(Record):
     calibration: CalibrationFacts | None = None
     kv: KvFacts | None = None
     context: ContextFacts | None = None
+    long: LongFacts | None = None
 
     def to_json(self) -> str:
         """Indented JSON; infinities and NaN as the words ``Infinity``, ``-Infinity`` and ``NaN``."""

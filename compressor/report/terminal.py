@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import IO
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any
 
 from rich import box
 from rich.console import Console
@@ -34,6 +34,7 @@ from compressor.report.kv import (
     kv_quality_rows,
     kv_rows,
 )
+from compressor.report.long import LongFacts, long_caption, long_facts, long_tables
 from compressor.report.model import Report
 from compressor.report.verification import Verification
 from compressor.report.words import size, visible
@@ -82,6 +83,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
         _show_calibration(show, report.calibration)
         show.line(rows.calibration_caption(report), style="dim")
 
+    if report.long is not None:
+        _show_long(show, report.long)
+
     if report.kv is not None:
         _show_kv(show, report.kv)
 
@@ -107,6 +111,11 @@ def print_verification(found: Verification, console: Console) -> None:
     _show_verification(_Printer(console), found)
 
 
+def print_long(measured: Mapping[str, Any], console: Console) -> None:
+    """Prints what ``LongResult.to_json`` holds."""
+    _show_long(_Printer(console), long_facts(measured))
+
+
 def _show_calibration(show: _Printer, facts: CalibrationFacts) -> None:
     show.title("Calibration")
     show.table(rows.SOLVER_HEADS, rows.solver_rows(facts), left=2)
@@ -127,6 +136,13 @@ def _show_context(show: _Printer, facts: ContextFacts) -> None:
     show.line(context_caption(facts), style="dim")
     for note in context_notes(facts):
         show.line(note)
+
+
+def _show_long(show: _Printer, facts: LongFacts) -> None:
+    show.title("Long context")
+    for heads, rows_of, left in long_tables(facts):
+        show.table(heads, rows_of, left=left)
+    show.line(long_caption(facts), style="dim")
 
 
 def _show_kv(show: _Printer, facts: KvFacts) -> None:

@@ -1,0 +1,123 @@
+"""Long context as drawings, narrow enough for a phone: likelihood by position, and what was found where."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from compressor.report.long import LongFacts, cells_at, kilo, places
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH = 4.7  # inches
+_NAMES = {
+    "source": ("source", "#9ca3af", "-"),
+    "sliding": ("source, sliding window", "#d97706", "--"),
+    "result": ("result", "#2563eb", "-"),
+}
+# Nats above the result that a source which falls apart is still drawn at.
+_ABOVE = 1.0
+# From none found to all.
+_COLOURS = ("#b91c1c", "#f59e0b", "#fde68a", "#86efac", "#15803d")
+_DARK = (0.2, 0.9)  # shares beyond which the text on a colour is white
+
+
+def nll_svg(facts: LongFacts) -> str:
+    """An SVG element: tokens before across, mean negative log-likelihood upwards; empty without a text.
+
+    A line that leaves the frame at its upper edge is the source's, beyond what it was trained at.
+    """
+    text = facts.text
+    if text is None or len(text.curve.position) < 2:
+        return ""
+    figure, axes = _figure(3.1)
+    for name, means in text.curve.nll.items():
+        label, colour, dashes = _NAMES[name]
+        axes.plot(text.curve.position, means, dashes, color=colour, label=label, lw=1.4, gid=f"nll-{name}")
+    calm = [value for name, means in text.curve.nll.items() if name != "source" for value in means]
+    everything = [value for means in text.curve.nll.values() for value in means]
+    top = min(max(everything), max(calm) + _ABOVE)
+    low = min(everything)
+    axes.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
+    axes.set_xlim(0, text.tokens)
+    if text.window is not None:
+        axes.axvline(text.window, color="#6b7280", lw=0.8, ls=":")
+        axes.annotate(
+            f" trained: {kilo(text.window)}",
+            (text.window, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            color="#4b5563",
+            fontsize=8,
+        )
+    step = max(1, text.tokens // 4)
+    axes.set_xticks(ticks := list(range(0, text.tokens + 1, step)), [kilo(tick) for tick in ticks])
+    axes.set_xlabel("tokens before")
+    axes.set_ylabel("nats a token")
+    axes.grid(color="#e5e7eb")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=3, frameon=False, fontsize=8)
+    return _svg(figure, "long-nll")
+
+
+def found_svg(facts: LongFacts, kind: str) -> str:
+    """An SVG element: lengths across, depths downwards, for each model; empty where none was hidden."""
+    lengths = [tokens for of, tokens in places(facts) if of == kind]
+    if not lengths:
+        return ""
+    names = [name for name in ("source", "result") if name in facts.needles]
+    depths = sorted({cell.depth for cells in facts.needles.values() for cell in cells if cell.kind == kind})
+    figure, *_ = _figure(0.75 + 0.26 * len(depths), panels=0)
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        for column, tokens in enumerate(lengths):
+            for cell in cells_at(facts, name, kind, tokens):
+                _tile(axes, column, depths.index(cell.depth), cell.found, cell.trials, len(lengths))
+        axes.set_xlim(-0.5, len(lengths) - 0.5)
+        axes.set_ylim(len(depths) - 0.5, -0.5)
+        axes.set_xticks(range(len(lengths)), [kilo(tokens) for tokens in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+        axes.tick_params(length=0, labelsize=8)
+        axes.set_title(f"{kind}, {name}", fontsize=9)
+        axes.set_xlabel("tokens")
+    panels[0].set_ylabel("depth")
+    return _svg(figure, f"long-{kind}")
+
+
+def _tile(axes: Axes, column: int, row: int, found: int, trials: int, columns: int) -> None:
+    """A coloured cell; with how many were found where there is room."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    share = found / trials
+    colour = LinearSegmentedColormap.from_list("found", _COLOURS)(share)
+    axes.add_patch(
+        Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=1)
+    )
+    written = f"{found}/{trials}" if columns <= 5 else f"{found}"
+    white = not _DARK[0] < share < _DARK[1]
+    axes.text(
+        column, row, written, ha="center", va="center", fontsize=8, color="white" if white else "#111827"
+    )
+
+
+def _figure(height: float, *, panels: int = 1) -> Any:
+    """A figure of the page's width, and its axes where it has one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return (figure, figure.add_subplot()) if panels else (figure,)
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    """The text of one ``<svg>`` element, the same for the same drawing."""
+    from matplotlib import rc_context
+
+    drawn = StringIO()
+    # Names within the element must not be those of another on the page.
+    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none", "svg.id": salt}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    text = drawn.getvalue()
+    return text[text.index("<svg") :].strip()
