@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from compressor.checkpoint.base import Source
 from compressor.checkpoint.layout import load_config
 from compressor.checkpoint.sources import From, open_source
 from compressor.data import find
@@ -19,6 +20,9 @@ from compressor.planner.kv_bytes import full_context
 from compressor.progress import Progress
 from compressor.recipe.evaluate_long import LongSection
 from compressor.stages.kv_evaluate import check_kv_formats, kv_variants, with_kv
+
+if TYPE_CHECKING:
+    from compressor.model.load import LoadedCheckpoint
 
 # Keys of a recipe -> how the command line spells them.
 LONG_OPTIONS = {
@@ -85,27 +89,13 @@ def compare(
     from compressor.evals.long import check_long, evaluate_long
     from compressor.evals.run import evaluate_pair
     from compressor.evals.text import check_context
-    from compressor.model.decode import fused_tensors
-    from compressor.model.load import load_checkpoint_model, load_source_model, load_tokenizer
+    from compressor.model.load import load_source_model, load_tokenizer
     from compressor.stages.simulated import simulate_activations
 
     tokenizer = load_tokenizer(checkpoint)
     if spec.long is not None:
         check_long(tokenizer, spec.long)
-    try:
-        result = load_checkpoint_model(
-            checkpoint, torch.float32, fused=fused_tensors(opened), cache_16bit=True
-        )
-    except CheckpointError as error:
-        # Experts that were written one by one are put together by the source's names.
-        kind, wanted = _kind(checkpoint), opened.config.get("model_type")
-        if kind == wanted:
-            raise
-        raise CheckpointError(
-            f"the source is a {wanted}, the checkpoint a {kind}: {error.what}",
-            where=error.where,
-            fix="name the source that it was made from",
-        ) from error
+    result = _result(checkpoint, opened)
     variants = kv_variants(result.model.config, kv, kv_mode, checkpoint, progress)
     for length in kv_needle:
         check_context(result.model, length)
@@ -116,6 +106,27 @@ def compare(
     if spec.long is None:
         return measured
     return replace(measured, long=evaluate_long(source_model, model, tokenizer, spec.long, progress))
+
+
+def _result(checkpoint: Path, opened: Source) -> LoadedCheckpoint:
+    """The checkpoint as it is measured, before activations are quantized."""
+    import torch
+
+    from compressor.model.decode import fused_tensors
+    from compressor.model.load import load_checkpoint_model
+
+    try:
+        return load_checkpoint_model(checkpoint, torch.float32, fused=fused_tensors(opened), cache_16bit=True)
+    except CheckpointError as error:
+        # Experts that were written one by one are put together by the source's names.
+        kind, wanted = _kind(checkpoint), opened.config.get("model_type")
+        if kind == wanted:
+            raise
+        raise CheckpointError(
+            f"the source is a {wanted}, the checkpoint a {kind}: {error.what}",
+            where=error.where,
+            fix="name the source that it was made from",
+        ) from error
 
 
 def _long(

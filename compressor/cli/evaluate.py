@@ -14,6 +14,9 @@ from compressor.cli.options import DEFAULT_WORKSPACE, from_option, log_json_opti
 from compressor.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from compressor.evals.base import EvalResult, TextResult
     from compressor.recipe.evaluate_long import LongSection
 
 
@@ -105,13 +108,34 @@ def command(
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
         return
+    _print(result)
+
+
+def _print(result: EvalResult) -> None:
+    """Tables on stdout."""
     from rich.console import Console
-    from rich.table import Table
 
     from compressor.cli.kv_results import kv_tables
     from compressor.report.terminal import print_long
 
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    console.print(_text_table(result.text))
     found = result.text
+    console.print(
+        f"{found.tokens:,} tokens of {result.text_label}, windows of {found.context}, {result.text_dtype}",
+        soft_wrap=True,
+    )
+    if result.long is not None:
+        print_long(result.long.to_json(), console)
+    if result.kv:
+        for measured in kv_tables(result.kv):
+            console.print(measured)
+
+
+def _text_table(found: TextResult) -> Table:
+    """Perplexity, KL and agreement."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", "source", "result", "change"):
         table.add_column(name, justify="right" if name else "left")
@@ -128,17 +152,7 @@ def command(
     table.add_row("KL mean, nats", "", f"{found.kl_mean:.5f}", "")
     table.add_row("KL 99.9%", "", f"{found.kl_p999:.4f}", "")
     table.add_row("top-1 agreement", "", f"{found.top1_agreement:.2%}", "")
-    console = Console(file=sys.stdout, highlight=False, markup=False)
-    console.print(table)
-    console.print(
-        f"{found.tokens:,} tokens of {result.text_label}, windows of {found.context}, {result.text_dtype}",
-        soft_wrap=True,
-    )
-    if result.long is not None:
-        print_long(result.long.to_json(), console)
-    if result.kv:
-        for measured in kv_tables(result.kv):
-            console.print(measured)
+    return table
 
 
 def _names(words: str | None) -> list[str]:

@@ -163,9 +163,7 @@ def found_rows(facts: LongFacts) -> list[tuple[str, ...]]:
     made: list[tuple[str, ...]] = []
     for kind, tokens in places(facts):
         cells = {name: cells_at(facts, name, kind, tokens) for name in facts.needles}
-        by_depth = ", ".join(
-            f"{cell.depth:g}: {cell.found} of {cell.trials}" for cell in cells.get(_RESULT, ())
-        )
+        by_depth = ", ".join(f"{cell.depth:g}: {cell.found}/{cell.trials}" for cell in cells.get(_RESULT, ()))
         totals = [
             f"{sum(cell.found for cell in of)} of {sum(cell.trials for cell in of)}"
             for of in (cells.get(_SOURCE, ()), cells.get(_RESULT, ()))

@@ -99,7 +99,7 @@ def test_rows_say_what_was_measured() -> None:
         "32,768",
         "0 of 12",
         "9 of 12",
-        "0: 3 of 4, 0.5: 3 of 4, 1: 3 of 4",
+        "0: 3/4, 0.5: 3/4, 1: 3/4",
     )
     assert ruler_rows(facts) == [("ruler_vt", "32,768", "12.5%", "50.0%", "20")]
     assert "each token past the first window sees 7,168 to 8,191 tokens before it" in long_caption(facts)
