@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Final, Literal
 
-from compressor.report.record import Count, Measure, Ordered, Record
+from pydantic import Field, model_validator
+
+from compressor.report.record import Count, Measure, Record
 from compressor.report.words import number, percent
 
 LONG_HEADS = ("tokens before", "source", "sliding window", "result", "result - reference", "95%")
 FOUND_HEADS = ("hidden", "tokens", "source", "result", "result by depth")
 RULER_HEADS = ("RULER task", "tokens", "source", "result", "samples")
-_SOURCE, _SLIDING, _RESULT = "source", "sliding", "result"
+_SOURCE: Final = "source"
+_SLIDING: Final = "sliding"
+_RESULT: Final = "result"
 _KILO = 1024
+
+_Whose = Literal["source", "sliding", "result"]
+_Model = Literal["source", "result"]
+_Tokens = Annotated[int, Field(ge=2, le=2**31)]
 
 
 class LongChange(Record):
@@ -33,15 +41,21 @@ class LongBucket(Record):
 
     start: Count
     stop: Count
-    nll: Ordered[Measure]
-    change: Ordered[LongChange]
+    nll: dict[_Whose, Measure]
+    change: dict[_Whose, LongChange]
 
 
 class LongCurve(Record):
     """Means of equal parts of the documents: their middles, and by name the means."""
 
     position: tuple[Count, ...]
-    nll: Ordered[tuple[Measure, ...]]
+    nll: dict[_Whose, tuple[Measure, ...]]
+
+    @model_validator(mode="after")
+    def _as_long(self) -> LongCurve:
+        if any(len(means) != len(self.position) for means in self.nll.values()):
+            raise ValueError("there must be a mean for every position")
+        return self
 
 
 class LongText(Record):
@@ -57,7 +71,7 @@ class LongText(Record):
     """
 
     documents: tuple[str, ...]
-    tokens: Count
+    tokens: _Tokens
     reference: str
     window: Count | None
     stride: Count | None
@@ -69,10 +83,10 @@ class LongText(Record):
 class FoundCell(Record):
     """Numbers of one kind at one depth of texts of one length: how many texts, how many answers found."""
 
-    kind: str
-    tokens: Count
-    depth: Measure
-    trials: Count
+    kind: Literal["passkey", "needle"]
+    tokens: _Tokens
+    depth: Annotated[float, Field(ge=0, le=1)]
+    trials: Annotated[int, Field(ge=1)]
     found: Count
     logprob: Measure
 
@@ -97,8 +111,8 @@ class LongFacts(Record):
     """
 
     text: LongText | None
-    needles: Ordered[tuple[FoundCell, ...]]
-    ruler: Ordered[tuple[RulerScore, ...]]
+    needles: dict[_Model, tuple[FoundCell, ...]]
+    ruler: dict[_Model, tuple[RulerScore, ...]]
     documents_label: str
 
 
@@ -119,7 +133,7 @@ def long_tables(facts: LongFacts) -> list[tuple[tuple[str, ...], list[tuple[str,
 
 def long_rows(text: LongText) -> list[tuple[str, ...]]:
     """By position; a column of what was not measured has hyphens."""
-    made = []
+    made: list[tuple[str, ...]] = []
     for bucket in text.buckets:
         change = bucket.change.get(_RESULT)
         interval = change.ci95 if change else None
@@ -188,7 +202,7 @@ def places(facts: LongFacts) -> list[tuple[str, int]]:
     return list(dict.fromkeys((cell.kind, cell.tokens) for cells in facts.needles.values() for cell in cells))
 
 
-def cells_at(facts: LongFacts, name: str, kind: str, tokens: int) -> tuple[FoundCell, ...]:
+def cells_at(facts: LongFacts, name: _Model, kind: str, tokens: int) -> tuple[FoundCell, ...]:
     """One model's cells of a kind and length, by depth."""
     found = [cell for cell in facts.needles[name] if (cell.kind, cell.tokens) == (kind, tokens)]
     return tuple(sorted(found, key=lambda cell: cell.depth))

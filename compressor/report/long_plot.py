@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import StringIO
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from compressor.report.long import LongFacts, cells_at, kilo, places
@@ -32,14 +33,16 @@ def nll_svg(facts: LongFacts) -> str:
     text = facts.text
     if text is None or len(text.curve.position) < 2:
         return ""
+    drawn = {name: [value for value in means if isfinite(value)] for name, means in text.curve.nll.items()}
+    everything = [value for values in drawn.values() for value in values]
+    calm = [value for name, values in drawn.items() if name != "source" for value in values]
+    if not everything:
+        return ""
     figure, axes = _figure(3.1)
     for name, means in text.curve.nll.items():
         label, colour, dashes = _NAMES[name]
         axes.plot(text.curve.position, means, dashes, color=colour, label=label, lw=1.4, gid=f"nll-{name}")
-    calm = [value for name, means in text.curve.nll.items() if name != "source" for value in means]
-    everything = [value for means in text.curve.nll.values() for value in means]
-    top = min(max(everything), max(calm) + _ABOVE)
-    low = min(everything)
+    low, top = min(everything), min(max(everything), max(calm or everything) + _ABOVE)
     axes.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
     axes.set_xlim(0, text.tokens)
     if text.window is not None:
@@ -67,7 +70,7 @@ def found_svg(facts: LongFacts, kind: str) -> str:
     lengths = [tokens for of, tokens in places(facts) if of == kind]
     if not lengths:
         return ""
-    names = [name for name in ("source", "result") if name in facts.needles]
+    names = list(facts.needles)
     depths = sorted({cell.depth for cells in facts.needles.values() for cell in cells if cell.kind == kind})
     figure, *_ = _figure(0.75 + 0.26 * len(depths), panels=0)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
@@ -91,7 +94,7 @@ def _tile(axes: Axes, column: int, row: int, found: int, trials: int, columns: i
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
-    share = found / trials
+    share = min(1.0, found / trials)
     colour = LinearSegmentedColormap.from_list("found", _COLOURS)(share)
     axes.add_patch(
         Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=1)

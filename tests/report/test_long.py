@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from pydantic import ValidationError
 
 from compressor.report.card import render_card
 from compressor.report.html import render_html
@@ -191,9 +192,27 @@ def test_figures_that_are_no_numbers_are_drawn_around() -> None:
     """A perplexity beyond all bounds is still a report."""
     told = measured()
     told["text"]["buckets"][0]["nll"]["source"] = math.inf
-    facts = LongFacts.model_validate_json(long_facts(measured()).model_dump_json())
-    assert facts == long_facts(measured())
-    assert long_rows(_text(long_facts(told)))[0][1] == "infinite"
+    told["text"]["curve"]["nll"]["source"][3] = math.inf
+    facts = long_facts(told)
+    assert long_rows(_text(facts))[0][1] == "infinite"
+    assert ElementTree.fromstring(nll_svg(facts)).tag == f"{SVG}svg"
+    told["text"]["curve"]["nll"] = {"result": [math.nan] * len(told["text"]["curve"]["position"])}
+    assert nll_svg(long_facts(told)) == ""
+
+
+def test_a_strangers_report_is_read_as_it_must_be() -> None:
+    """Its words and sizes are drawn: only ours are."""
+    cell = measured()["needles"]["result"][0]
+    curve = measured()["text"]["curve"]
+    for changed in (
+        {"needles": {"result": [cell | {"kind": "$x$"}]}},
+        {"needles": {"result": [cell | {"trials": 0}]}},
+        {"needles": {"$x$": [cell]}},
+        {"text": measured()["text"] | {"curve": curve | {"position": [1, 2]}}},
+        {"text": measured()["text"] | {"curve": curve | {"nll": {"$x$": curve["nll"]["result"]}}}},
+    ):
+        with pytest.raises(ValidationError):
+            long_facts(measured(**changed))
 
 
 def _text(facts: LongFacts) -> Any:
