@@ -32,6 +32,7 @@ NAMES = [
     "smollm2-32k",
     "smollm2-fp8",
     "smollm2-int4",
+    "smollm2-longrope-search",
     "smollm2-nvfp4-gptq",
     "smollm2-nvfp4-kv4",
     "smollm2-nvfp4",
