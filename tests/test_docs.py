@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from compressor.kv.formats import FORMATS
 from compressor.model.families import BUILTINS
 from compressor.recipe.calibration import CalibrationSection, DatasetSection
+from compressor.recipe.context_search import SearchSection
 from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
 from compressor.recipe.model import ModelSection, WorkspaceSection
 from compressor.recipe.polish import PolishSection
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 # What verify compares has rows of its own.
 CALIBRATION = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8").partition("## What verify")[0]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTEXT = (ROOT / "docs" / "context.md").read_text(encoding="utf-8")
 FAMILIES = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
 
 
@@ -52,6 +54,11 @@ def test_keys(section: type[BaseModel]) -> None:
     """All of them."""
     for key in section.model_fields:
         assert f"`{key}`" in CALIBRATION, key
+
+
+def test_search_keys() -> None:
+    """A row for each."""
+    assert SearchSection.model_fields.keys() <= _rows(CONTEXT).keys()
 
 
 def test_families() -> None:
@@ -91,9 +98,8 @@ def test_kv_cache() -> None:
 
 def test_context() -> None:
     """A row for every method, and the Python that stands there runs."""
-    text = (ROOT / "docs" / "context.md").read_text(encoding="utf-8")
-    assert set(get_args(Method)) <= _rows(text).keys()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert set(get_args(Method)) <= _rows(CONTEXT).keys()
+    blocks = re.findall(r"^```python\n(.*?)^```", CONTEXT, re.MULTILINE | re.DOTALL)
     assert blocks
     for block in blocks:
         exec(compile(block, "docs/context.md", "exec"), {})

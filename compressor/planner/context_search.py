@@ -32,6 +32,8 @@ _WHERE = "context.search"
 # Activations of a pass in hidden states of all tokens, and the logits of some.
 _HIDDEN_STATES = 16
 _LOGIT_BYTES = 1 << 30
+# From here on a CPU's time is warned of.
+_LONG_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,20 @@ class SearchPlan:
         }
 
     def warnings(self) -> list[str]:
-        """Whether this machine's memory looks too small."""
+        """Whether this machine looks too small for it."""
+        found = []
         free = available_device_bytes() if self.device == "cuda" else available_memory_bytes()
-        if self.held_bytes <= free:
-            return []
-        return [
-            f"{_WHERE} holds the model and a document of {self.tokens:,} tokens, about "
-            f"{self.held_bytes / 1e9:.1f} GB; this machine has {free / 1e9:.1f} GB free"
-        ]
+        if self.held_bytes > free:
+            found.append(
+                f"{_WHERE} holds the model and a document of {self.tokens:,} tokens, about "
+                f"{self.held_bytes / 1e9:.1f} GB; this machine has {free / 1e9:.1f} GB free"
+            )
+        if self.device == "cpu" and self.time_s > _LONG_S:
+            found.append(
+                f"{_WHERE} takes about {duration(self.time_s)} on this machine, which has no GPU; fewer "
+                "search_documents, generations or tokens take less"
+            )
+        return found
 
     def costed(self, claims: Sequence[Claim], config: dict[str, Any]) -> SearchPlan:
         """With memory and time, of a model with these tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,13 @@ def test_a_model_that_takes_no_longrope_is_refused(tmp_path: Path, documents: Pa
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(PlanError, match="scaled by linear already"):
         plan(tmp_path, source, "documents: long.jsonl")
+
+
+def test_what_a_machine_is_too_small_for(tmp_path: Path, source: Path, documents: Path) -> None:
+    """Memory, and hours on a CPU; silence where all is well."""
+    search = search_of(plan(tmp_path, source, "documents: long.jsonl"))
+    assert search.warnings() == []
+    (memory,) = replace(search, held_bytes=10**15).warnings()
+    assert "1000000.0 GB; this machine has" in memory
+    (hours,) = replace(search, time_s=7200.0).warnings()
+    assert "about 2 h 00 min on this machine, which has no GPU" in hours
