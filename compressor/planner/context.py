@@ -48,7 +48,10 @@ class ContextPlan:
 
     def key(self, source: str) -> str:
         """Content key; ``source`` is the source's."""
-        return stage_key("context", CONTEXT_VERSION, self.job.content, [source])
+        told = self.job.content
+        if self.search is not None:
+            told |= {"device": self.search.device}
+        return stage_key("context", CONTEXT_VERSION, told, [source])
 
     def described(self) -> tuple[str, ...]:
         """Lines for people."""

@@ -11,6 +11,7 @@ from compressor.planner.claims import unmet_patterns
 from compressor.planner.kv_choice import BF16, kv_options
 from compressor.planner.plan import Plan
 from compressor.recipe.calibration import CalibrationSection
+from compressor.recipe.context import ContextSection
 from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
 from compressor.recipe.load import LoadedRecipe
 from compressor.recipe.model import EvaluateSection, ModelSection, Recipe, WeightsSection
@@ -18,6 +19,7 @@ from compressor.solvers.base import Solver
 from compressor.spec import TensorHeader
 
 SEQUENCES, SEQUENCE_TOKENS = 8, 64
+SEARCH_TOKENS = 64
 EVAL_TOKENS, EVAL_CONTEXT, EVAL_ITEMS = 256, 64, 4
 STEPS = 4
 
@@ -37,6 +39,7 @@ def small_recipe(
         "calibration": _calibration(plan),
         "evaluate": _evaluate(recipe),
         "kv_cache": _kv_cache(plan, config),
+        "context": _context(plan),
     }
     patterns = list(dict.fromkeys(pattern for _, pattern in sorted(unmet)))
     # Without patterns the rules' numbers, and so their places, may be others.
@@ -97,6 +100,22 @@ def _calibration(plan: Plan) -> CalibrationSection | None:
         "images": None,
     }
     return section.model_copy(update=few)
+
+
+def _context(plan: Plan) -> ContextSection | None:
+    """The same scaling; where factors are searched, the same times a short length, and few candidates."""
+    section, planned = plan.loaded.recipe.context, plan.context
+    if section is None or section.search is None or planned is None:
+        return section
+    original = min(planned.original_length, SEARCH_TOKENS)
+    few = {"population": 2, "generations": 1, "search_documents": 1, "accept_documents": 1, "tokens": None}
+    return section.model_copy(
+        update={
+            "original_length": original,
+            "target_length": -(-original * section.target_length // planned.original_length),
+            "search": section.search.model_copy(update=few),
+        }
+    )
 
 
 def _kv_cache(plan: Plan, config: dict[str, Any]) -> KvCacheSection | None:

@@ -170,7 +170,7 @@ class _Run:
 
     def _key(self) -> str:
         """Of everything that a score depends on but the factors."""
-        told = [_VERSION, self._source.fingerprint, asdict(self._context), self.spec.content, _dtype()]
+        told = [_VERSION, self._source.fingerprint, asdict(self._context), self.spec.content, _device()]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -195,7 +195,7 @@ class _Run:
         return known
 
 
-def _dtype() -> str:
+def _device() -> str:
     """What computes decides the scores: a record of another kind of device is not gone on with."""
     from compressor.device import pick_device
 
