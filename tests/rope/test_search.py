@@ -9,6 +9,8 @@ from random import Random
 
 import pytest
 
+from compressor.errors import UserError
+from compressor.rope.scaled import scaled_config
 from compressor.rope.search import (
     MOST,
     Candidate,
@@ -21,6 +23,7 @@ from compressor.rope.search import (
     mutate,
     with_critical,
 )
+from compressor.rope.spec import ContextSpec
 
 PAIRS, THETA, LENGTH = 32, 1e5, 8192
 
@@ -146,3 +149,33 @@ def test_short_texts_limit_the_choice() -> None:
     assert chosen([fair, best, broken], 3.0) == best
     assert chosen([broken], 3.0) is None
     assert best_first([broken, fair, best], 3.0) == [best, fair, broken]
+
+
+def test_the_space_of_a_config() -> None:
+    """Known methods as factors: YaRN's ramp between 1 and s, NTK's from 1 to s."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "max_position_embeddings": LENGTH,
+        "rope_theta": THETA,
+    }
+    found, expected = SearchSpace.of(config, ContextSpec("longrope", 4 * LENGTH)), space_of()
+    assert (found.factor, found.original_length) == (4.0, LENGTH)
+    for name in ("frequencies", "yarn", "ntk"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-12), name
+    assert found.yarn_attention == pytest.approx(expected.yarn_attention)
+    gemma = config | {"model_type": "gemma3_text"}
+    with pytest.raises(UserError, match="layers of model_type 'gemma3_text'"):
+        SearchSpace.of(gemma, ContextSpec("longrope", 4 * LENGTH))
+
+
+def test_a_candidate_is_written_as_it_was_scored() -> None:
+    """Factors and multiplier, as both engines read them."""
+    config = {"model_type": "llama", "head_dim": 4, "max_position_embeddings": 64, "rope_theta": 1e4}
+    candidate = Candidate((1.0, 3.5), 0, 1.21, "mutation")
+    context = candidate.context(ContextSpec("longrope", 256))
+    rope = scaled_config(config, context).config["rope_parameters"]
+    assert isinstance(rope, dict)
+    assert rope["long_factor"] == rope["short_factor"] == [1.0, 3.5]
+    assert rope["attention_factor"] == rope["short_mscale"] == rope["long_mscale"] == 1.21

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.reconfigured import ReconfiguredSource
@@ -21,10 +21,11 @@ from compressor.model.load import load_source_model
 from compressor.progress import Silent
 from compressor.rope.positions import read_positions
 from compressor.rope.scaled import scaled_config
+from compressor.rope.search import SearchSpace
 from compressor.rope.search_spec import SearchSpec
 from compressor.rope.spec import ContextSpec
 from compressor.stages.context_scores import Score, ScoredText, Scorer
-from compressor.stages.context_search import RECORD_NAME, Found, bootstrap, search_factors
+from compressor.stages.context_search import RECORD_NAME, Found, bootstrap, search_factors, yarn_context
 from tests.tiny import tiny_model, tokens_of_bytes
 
 LENGTH = 64
@@ -259,6 +260,24 @@ def test_short_texts_rule_candidates_out(
     assert "costs short texts more" in found.reason
     assert progress.notes[-1].startswith("generation 2 of 2: best ")
     assert progress.notes[-1].endswith("YaRN 3.0000")
+
+
+def test_families_that_read_no_yarn_get_it_as_factors(tmp_path: Path) -> None:
+    """Phi 3: the same frequencies and multiplier, written as longrope."""
+    config = Phi3Config(
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        original_max_position_embeddings=LENGTH,
+        **tokens_of_bytes() | {"max_position_embeddings": LENGTH},
+    )
+    phi = open_source(str(tiny_model(tmp_path / "phi", Phi3ForCausalLM, config, torch.float32)))
+    space = SearchSpace.of(phi.config, ASKED)
+    found = yarn_context(phi, ASKED, space)
+    assert (found.method, found.factors) == ("longrope", space.yarn)
+    assert found.attention_factor == pytest.approx(0.1 * log(4) + 1)
 
 
 def test_documents_that_are_too_short(tmp_path: Path, source: Source, spec: SearchSpec) -> None:
