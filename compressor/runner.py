@@ -32,12 +32,14 @@ from compressor.planner.oneshot import oneshot_key
 from compressor.planner.plan import Plan
 from compressor.planner.polished import polish_key
 from compressor.planner.relocated import recipe_seen_from
-from compressor.planner.staged import base_source, scaled_source, weights_source
+from compressor.planner.staged import base_source, scaled_source, trained_source, weights_source
 from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
 from compressor.report.kv import KvFacts
 from compressor.report.manifest import Manifest, write_manifest
 from compressor.report.model import Report, StageCost, load_report
+from compressor.stages.adapt import adapt_stage
+from compressor.stages.adapt_files import copy_adapter
 from compressor.stages.assemble import assemble
 from compressor.stages.context import context_stage
 from compressor.stages.evaluate import check_tokens, evaluate_stage, measure, reload
@@ -180,7 +182,10 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
         found = space.artefact(oneshot.name, oneshot.key)
     first = stream_key(plan)
     kv = _kv(plan, progress)
+    adapt = _adapt(plan, progress)
     needs = [first] if kv is None else [first, kv.key]
+    # Merged adapters are in the weights.
+    needs += [adapt.key] if adapt is not None and plan.base_source == plan.scaled_source else []
     second = stage_key("assemble", ASSEMBLE_VERSION, {}, needs)
     streamed, checkpoint = space.artefact("stream", first), space.artefact("assemble", second)
     spec = plan.evaluation
@@ -196,6 +201,8 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
     def run_assemble(folder: Path) -> Mapping[str, Any]:
         heard = None if kv is None else space.artefact(kv.name, kv.key)
         assemble(base_source(plan), plan.shards, plan.dialect, streamed, folder, heard)
+        if adapt is not None:
+            copy_adapter(space.artefact(adapt.name, adapt.key), folder)
         return {}
 
     def run_evaluate(folder: Path) -> Mapping[str, Any]:
@@ -205,7 +212,7 @@ def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
         scaled = scaled_source(plan) if apart else None
         return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress, most, scaled, folder)
 
-    before = [stage for stage in (_context(plan, progress), kv) if stage is not None]
+    before = [stage for stage in (_context(plan, progress), adapt, kv) if stage is not None]
     stages = [
         _Stage("stream", first, run_stream),
         _Stage("assemble", second, run_assemble),
@@ -234,6 +241,18 @@ def _context(plan: Plan, progress: Progress) -> _Stage | None:
         return context_stage(plan.source, planned.job, folder, progress)
 
     return _Stage("context", planned.key(plan.source.fingerprint), run_context)
+
+
+def _adapt(plan: Plan, progress: Progress) -> _Stage | None:
+    """The stage after it that trains adapters."""
+    planned = plan.adapters
+    if planned is None:
+        return None
+
+    def run_adapt(folder: Path) -> Mapping[str, Any]:
+        return adapt_stage(trained_source(plan), planned.spec, folder, progress)
+
+    return _Stage("adapt", planned.key(plan.scaled_source), run_adapt)
 
 
 def _kv(plan: Plan, progress: Progress) -> _Stage | None:

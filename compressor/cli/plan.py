@@ -41,6 +41,7 @@ def command(
             "revision": plan.source.revision,
         },
         "context_scaling": plan.context and plan.context.to_json(),
+        "adapters": plan.adapters and plan.adapters.to_json(),
         "family": plan.family,
         "inferred": plan.inferred,
         "rules": [dataclasses.asdict(row) for row in plan.rows],

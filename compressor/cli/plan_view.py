@@ -29,6 +29,8 @@ def print_plan(plan: Plan) -> None:
     console.print(_titled("family", f"{plan.family}{': ' + plan.inferred if plan.inferred else ''}"))
     if plan.context is not None:
         console.print(_titled("context", *plan.context.described()))
+    if plan.adapters is not None:
+        console.print(_titled("adapt", *plan.adapters.described()))
     console.print()
     console.print(_rules(plan, narrow=console.width < _NARROW))
     console.print(_sizes(plan.prediction))

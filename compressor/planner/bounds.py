@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from compressor.checkpoint.base import Source, fetched_files
 from compressor.errors import UserError
 from compressor.evals.base import EvalSpec
+from compressor.planner.adapted import AdaptPlan
 from compressor.planner.calibrated import WalkPlan
+from compressor.planner.context import ContextPlan
 from compressor.planner.context_search import SearchPlan
 from compressor.planner.disk import bounded
 from compressor.planner.kv_job import KvStage
@@ -25,17 +27,24 @@ class Parts:
     """What a plan has beside the stream; None for what it has not."""
 
     evaluation: EvalSpec | None
+    adapters: AdaptPlan | None
     walk: WalkPlan | None
     oneshot: OneshotPlan | None
     polish: PolishPlan | None
     kv: KvStage | None
-    search: SearchPlan | None = None
+    context: ContextPlan | None = None
+
+    @property
+    def search(self) -> SearchPlan | None:
+        """For factors of longer contexts."""
+        return None if self.context is None else self.context.search
 
     @property
     def needs_whole(self) -> str:
         """What loads the whole source from the disk, as a fault names it; "" for nothing."""
         parts: dict[str, object] = {
             "evaluate": self.evaluation,
+            "adapters": self.adapters,
             "solver llmcompressor": self.oneshot,
             "weights.polish": self.polish,
             "kv_cache": self.kv and self.kv.walk,
@@ -62,7 +71,7 @@ def predict_bounded(
     download = 0 if files is None else sum(files.file_bytes.values())
     units = [unit for shard in shards for unit in shard.units]
     prediction = predict(claims, units, source.config, download)
-    for part in (parts.walk, parts.oneshot, parts.polish, parts.kv, parts.search):
+    for part in (parts.adapters, parts.walk, parts.oneshot, parts.polish, parts.kv, parts.search):
         if part is not None:
             prediction = part.add_to(prediction)
     check_memory(prediction.peak_rss_bytes, claims, parts.evaluation, bounds.max_memory_bytes, faults)

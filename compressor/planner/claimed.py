@@ -45,7 +45,7 @@ def claimed(
             recipe.weights,
             dialect,
             kept,
-            may_copy_all=recipe.context is not None,
+            may_copy_all=recipe.context is not None or recipe.adapters is not None,
         ),
     )
     if claims is None or faults:

@@ -19,6 +19,7 @@ from compressor.dialects.base import Dialect
 from compressor.errors import PlanError, UserError
 from compressor.evals.base import EvalSpec
 from compressor.model.families import family_for
+from compressor.planner.adapted import AdaptPlan, adapted_key, settled_adapters
 from compressor.planner.bounds import Parts, predict_bounded
 from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers
 from compressor.planner.claimed import claimed, placed, solving_faults
@@ -63,6 +64,7 @@ class Plan:
         loaded: the resolved recipe and where it came from.
         source: the opened source (headers only so far), as it was given.
         context: how its positions are scaled before anything else, or None where they stay.
+        adapters: what is trained on long documents after that, or None.
         family: the family's name, and what the fallback inferred ("" for named families).
         claims: one for each source tensor.
         dialect: how the result is spelled.
@@ -87,6 +89,7 @@ class Plan:
     loaded: LoadedRecipe
     source: Source
     context: ContextPlan | None
+    adapters: AdaptPlan | None
     family: str
     inferred: str
     claims: tuple[Claim, ...]
@@ -115,7 +118,12 @@ class Plan:
 
     @property
     def base_source(self) -> str:
-        """Content key of what the stages before the weights read: the source, or the reconfigured one."""
+        """Content key of what the stages before the weights read: the source, scaled and adapted."""
+        return adapted_key(self.adapters, self.scaled_source)
+
+    @property
+    def scaled_source(self) -> str:
+        """Content key of the source, or of the reconfigured one."""
         return context_key(self.context, self.source.fingerprint)
 
     @property
@@ -174,11 +182,11 @@ def make_plan(
     walk = None if oneshot is not None else _walk(loaded, source, calibration, claims, faults, warnings)
     polish = None if walk is None else _polish(loaded, source, walk, claims, faults, warnings)
     kv_stage = _kv_stage(loaded, source, claims, kv, calibration, dialect, oneshot is not None, faults)
-    folds = kv_stage is not None and kv_stage.job.folds
-    context = settled_context(context, claims, source.config, evaluation, warnings, changed=folds)
+    adapters = settled_adapters(loaded, source, claims, evaluation, kv_stage, faults, warnings)
+    changed = adapters is not None or (kv_stage is not None and kv_stage.job.folds)
+    context = settled_context(context, claims, source.config, evaluation, warnings, changed=changed)
     shards = tuple(pack_shards(group_units(claims), recipe.export.max_shard_bytes))
-    search = None if context is None else context.search
-    parts = Parts(evaluation, walk, oneshot, polish, kv_stage, search)
+    parts = Parts(evaluation, adapters, walk, oneshot, polish, kv_stage, context)
     prediction, evicts = predict_bounded(recipe.workspace, source, claims, shards, parts, faults, warnings)
     warnings[:0] = _warnings(loaded, given, prediction.result_bytes)
     warnings += dialect.warnings(modules_of(source, claims))
@@ -187,6 +195,7 @@ def make_plan(
         loaded=loaded,
         source=given,
         context=context,
+        adapters=adapters,
         family=family.name,
         inferred=family.inferred,
         claims=tuple(claims),

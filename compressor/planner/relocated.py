@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from compressor import data
 from compressor.evals.long_spec import LongSpec
+from compressor.planner.adapter_spec import documents_from
 from compressor.recipe.evaluate_long import LongSection
 from compressor.recipe.mixtures import seen_from
 from compressor.recipe.model import Recipe
@@ -33,6 +34,10 @@ def recipe_seen_from(folder: Path, plan: Plan) -> Recipe:
     if recipe.evaluate is not None and recipe.evaluate.long is not None and spec is not None:
         long = _long(folder, recipe.evaluate.long, spec.long)
         recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"long": long})})
+    if recipe.adapters is not None and plan.adapters is not None:
+        documents = documents_from(folder, plan.adapters.spec.documents)
+        section = recipe.adapters.model_copy(update={"documents": documents})
+        recipe = recipe.model_copy(update={"adapters": section})
     if plan.calibration is not None:
         seen = seen_from(folder, recipe.calibration, plan.calibration)
         recipe = recipe.model_copy(update={"calibration": seen})

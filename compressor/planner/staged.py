@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from compressor.checkpoint.adapted import AdaptedSource
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.folded import FOLD_NAME, FoldedSource, KvFold
 from compressor.stages.context import reconfigured
@@ -13,7 +14,18 @@ if TYPE_CHECKING:
 
 
 def base_source(plan: Plan) -> Source:
-    """What the stages before the weights read, once ``context`` is finished: the source under its config."""
+    """What the stages before the weights read, once those before are finished: the source under its config,
+    as its adapters have changed it.
+    """
+    trained, adapters = trained_source(plan), plan.adapters
+    if adapters is None or not adapters.spec.merge:
+        return trained
+    key = adapters.key(plan.scaled_source)
+    return AdaptedSource(trained, plan.workspace.artefact("adapt", key), key)
+
+
+def trained_source(plan: Plan) -> Source:
+    """What adapters are trained on, once ``context`` is finished: the source under its config."""
     return scaled_source(plan) or plan.source
 
 

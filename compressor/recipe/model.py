@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from compressor.dialects.base import DialectName
+from compressor.recipe.adapters import AdaptersSection
 from compressor.recipe.calibration import CalibrationSection
 from compressor.recipe.context import ContextSection
 from compressor.recipe.evaluate_long import LongSection
@@ -40,7 +41,6 @@ from compressor.solvers import SolverField, parse_solver
 
 # Keys that the language reserves and that no stage serves yet: path in the recipe -> how faults name it.
 RESERVED: dict[tuple[str, ...], str] = {
-    ("adapters",): "section 'adapters'",
     ("drafts",): "section 'drafts'",
     ("publish",): "section 'publish'",
 }
@@ -265,6 +265,11 @@ class Recipe(Section):
         default=None,
         exclude_if=is_none,
         description="How far the result is to read; by default as far as its source.",
+    )
+    adapters: AdaptersSection | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="Training on long documents before anything is calibrated; by default none.",
     )
     kv_cache: KvCacheSection | None = Field(
         default=None,

@@ -22,6 +22,7 @@ from compressor.checkpoint.base import Source
 from compressor.errors import UserError
 from compressor.progress import Progress
 from compressor.stages.adapt_files import STATE_NAME, Progressed, load_state, save_state, write_adapter
+from compressor.stages.adapt_memory import recomputes
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ _BETAS = (0.9, 0.95)
 _MOST_NORM = 1.0
 # The cosine ends at this share of the highest rate.
 _LAST_RATE = 0.1
+_WIDTH = {"float32": 4, "bfloat16": 2}
 # Steps whose mean loss stands for the beginning and for the end.
 _ENDS = 10
 
@@ -244,13 +246,12 @@ class _Trainer:
         import torch
 
         from compressor.stages.adapt_loss import SequenceLoss
-        from compressor.stages.adapt_memory import recomputes
 
         spec, trained = self._spec, model.trained
         optimizer = self._optimizer(model)
         found = load_state(self._folder, trained, optimizer)
         done = found or Progressed()
-        self.recomputed = recomputes(model, spec.sequence_length)
+        self.recomputed = recomputes(model.config, spec.sequence_length, _WIDTH[spec.dtype], self.device.type)
         if self.recomputed:
             model.recompute_blocks()
         with model.autocast():

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING
 
 from compressor.checkpoint.safetensors_file import read_header, read_tensor
@@ -125,6 +126,14 @@ def write_adapter(
         "modules_to_save": None,
     }
     write_json(target / _ADAPTER_FILES[1], config)
+
+
+def copy_adapter(trained: Path, folder: Path) -> None:
+    """Copies the adapter that the finished stage left in ``trained``, if it left one, into a checkpoint."""
+    if (trained / ADAPTER_FOLDER).is_dir():
+        (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
+        for name in _ADAPTER_FILES:
+            copyfile(trained / ADAPTER_FOLDER / name, folder / ADAPTER_FOLDER / name)
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -13,12 +13,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from compressor.errors import CheckpointError
+from compressor.stages.adapt_memory import CHUNK_LOGITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Logits alive at a time, by device; a few copies of them are.
-CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
 _PROBE_TOKENS = 8
 # bfloat16 logits that are rounded before and after a factor or a cap, over the largest.
 _SAME = 0.02

@@ -76,6 +76,11 @@ class AdaptedModel:
             parameter.requires_grad_(True)
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The source's."""
+        return self._source.config
+
+    @property
     def trained(self) -> dict[str, nn.Parameter]:
         """Name -> every trained parameter, fp32: those of adapters first, then ``direct``."""
         found: dict[str, Any] = {}

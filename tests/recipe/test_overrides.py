@@ -87,7 +87,7 @@ def test_variables_work_in_overrides(write: Write, monkeypatch: pytest.MonkeyPat
         ("weights.+scheme=[x]", "'+scheme' appends to a list"),
         ("seed=x", "seed: must be a whole number"),
         ("extends=x.yaml", "cannot be overridden"),
-        ("adapters.rank=16", "section 'adapters' is not available"),
+        ("publish.repo=x", "section 'publish' is not available"),
         (".".join("a" * 30) + "=1", "nested deeper"),
     ],
 )

@@ -111,7 +111,7 @@ def test_schema_knows_the_language() -> None:
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert set(_properties(schema)) == {
         "extends", "schema_version", "name", "seed", "model", "weights", "calibration", "evaluate", "export",
-        "workspace", "kv_cache", "context",
+        "workspace", "kv_cache", "context", "adapters",
     }  # fmt: skip
     assert {"ignore", "+ignore", "polish", "rules", "+rules", "scheme", "solver"} == set(
         _properties(schema, "WeightsSection")
