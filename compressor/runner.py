@@ -23,6 +23,7 @@ from compressor.export import (
 from compressor.meter import metered
 from compressor.model.aliases import linear_aliases
 from compressor.model.load import check_known
+from compressor.planner.adapter_result import adapter_facts
 from compressor.planner.calibrated import walk_key
 from compressor.planner.context_result import context_facts
 from compressor.planner.evaluated import measured_content
@@ -249,10 +250,8 @@ def _adapt(plan: Plan, progress: Progress) -> _Stage | None:
     if planned is None:
         return None
 
-    def run_adapt(folder: Path) -> Mapping[str, Any]:
-        return adapt_stage(trained_source(plan), planned.spec, folder, progress)
-
-    return _Stage("adapt", planned.key(plan.scaled_source), run_adapt)
+    spec, key = planned.spec, planned.key(plan.scaled_source)
+    return _Stage("adapt", key, lambda folder: adapt_stage(trained_source(plan), spec, folder, progress))
 
 
 def _kv(plan: Plan, progress: Progress) -> _Stage | None:
@@ -350,6 +349,7 @@ def _export(
         context_facts(plan, artefacts["context"], shown["context"]["context"], facts)
         if plan.context is not None
         else None,
+        adapter_facts(plan, shown),
     )
     with export_folder(space, result_folder, artefacts["assemble"]) as folder:
         describe(folder, report, recipe_yaml)

@@ -17,6 +17,7 @@ from compressor import device
 from compressor.budget.gates import GateVerdict
 from compressor.evals.long_spec import LongSpec
 from compressor.planner.plan import Plan
+from compressor.report.adapters import AdapterFacts
 from compressor.report.calibration import (
     CalibratedMatrix,
     CalibrationFacts,
@@ -80,13 +81,15 @@ def summarize(
     output: Path,
     kv: KvFacts | None = None,
     context: ContextFacts | None = None,
+    adapters: AdapterFacts | None = None,
 ) -> Report:
     """The report of a run, from the artefact folders of its stages.
 
     ``walked``: what the walk was shown (``texts``: name -> tokens, ``samples``, ``sequence_length``,
     ``seed``, ``dtype``, and ``polish`` if one followed), or None where none was needed. ``output`` is where
     the checkpoint will be: below the current folder it is named relative to it. ``kv``: its cache, if the
-    recipe says how it is stored. ``context``: how its positions are scaled, if they are.
+    recipe says how it is stored. ``context``: how its positions are scaled, if they are. ``adapters``: what
+    was trained on long documents, if anything was.
     """
     prediction = plan.prediction
     schemes = _by_scheme(plan.claims)
@@ -132,14 +135,18 @@ def summarize(
             plan.loaded.recipe.model.factory,
             kv,
             None if context is None else context.length,
+            adapters,
         ),
         files={
-            path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != STAGE_FILE
+            path.relative_to(checkpoint).as_posix(): path.stat().st_size
+            for path in sorted(checkpoint.rglob("*"))
+            if path.is_file() and path.name != STAGE_FILE
         },
         calibration=_calibration(walked, streamed, plan.claims) if walked else None,
         kv=kv,
         context=context,
         long=long_facts(evaluation["long"]) if evaluation and "long" in evaluation else None,
+        adapters=adapters,
     )
 
 

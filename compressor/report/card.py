@@ -14,6 +14,13 @@ from pathlib import Path
 import yaml
 
 from compressor.report import rows
+from compressor.report.adapters import (
+    ADAPTER_HEADS,
+    AdapterFacts,
+    adapter_caption,
+    adapter_notes,
+    adapter_rows,
+)
 from compressor.report.calibration import CalibrationFacts
 from compressor.report.context import (
     CONTEXT_COST_HEADS,
@@ -65,6 +72,7 @@ def render_card(report: Report, recipe_yaml: str) -> str:
         _overview(report),
         _done(report),
         *([_context(report.context)] if report.context else []),
+        *([_adapters(report.adapters)] if report.adapters else []),
         *([_calibration(report, report.calibration)] if report.calibration else []),
         *([_long(report.long)] if report.long else []),
         *([_kv(report.kv)] if report.kv else []),
@@ -178,6 +186,13 @@ def _long(facts: LongFacts) -> str:
     parts = ["## Long context"]
     parts += [_table(heads, cells, left=left) for heads, cells, left in long_tables(facts)]
     return "\n\n".join([*parts, *([_caption(long_caption(facts))] if facts.text else [])])
+
+
+def _adapters(facts: AdapterFacts) -> str:
+    parts = ["## Training on long documents", _caption(adapter_caption(facts))]
+    parts.append(_table(ADAPTER_HEADS, adapter_rows(facts)))
+    parts.append("\n".join(f"- {escape(note)}" for note in adapter_notes(facts)))
+    return "\n\n".join(parts)
 
 
 def _kv(facts: KvFacts) -> str:

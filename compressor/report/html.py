@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from compressor.report import rows
+from compressor.report.adapters import ADAPTER_HEADS, adapter_caption, adapter_notes, adapter_rows
 from compressor.report.context import (
     CONTEXT_COST_HEADS,
     CONTEXT_HEADS,
@@ -81,6 +82,11 @@ def render_html(report: Report) -> str:
         search_rows=search_rows(report.context) if report.context else [],
         context_notes=context_notes(report.context) if report.context else [],
         **_long(report.long),
+        adapters=report.adapters is not None,
+        adapter_caption=adapter_caption(report.adapters) if report.adapters else "",
+        adapter_heads=ADAPTER_HEADS,
+        adapter_rows=adapter_rows(report.adapters) if report.adapters else [],
+        adapter_notes=adapter_notes(report.adapters) if report.adapters else [],
         kv=report.kv is not None,
         kv_caption=kv_caption(report.kv) if report.kv else "",
         kv_heads=KV_HEADS,

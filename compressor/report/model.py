@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from compressor.dialects.base import DialectName
 from compressor.errors import CheckpointError
+from compressor.report.adapters import AdapterFacts
 from compressor.report.calibration import CalibrationFacts
 from compressor.report.context import ContextFacts
 from compressor.report.kv import KvFacts
@@ -267,6 +268,7 @@ class Report(Record):
         kv: how the KV cache is stored, or None where the recipe does not say.
         context: how positions are scaled, or None where they are the source's.
         long: what was measured at long context, or None.
+        adapters: what was trained on long documents, or None.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -287,6 +289,7 @@ class Report(Record):
     kv: KvFacts | None = None
     context: ContextFacts | None = None
     long: LongFacts | None = None
+    adapters: AdapterFacts | None = None
 
     def to_json(self) -> str:
         """Indented JSON; infinities and NaN as the words ``Infinity``, ``-Infinity`` and ``NaN``."""

@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterable
 
+from compressor.report.adapters import AdapterFacts
 from compressor.report.kv import KvFacts
 from compressor.report.model import Serve
 
@@ -73,6 +74,7 @@ _OWN_CACHE = (
     "16-bit cache, unless this package is installed beside vLLM, whose plug-in follows kv_plan.json "
     "(docs/kv-cache.md)."
 )
+_ADAPTER = "The adapter is applied to requests for the model `adapter`; others are answered without it."
 _UNKNOWN = "No serving check of {label} is recorded: compare log-probabilities before relying on it."
 
 
@@ -83,12 +85,14 @@ def serve_facts(
     factory: str | None = None,
     kv: KvFacts | None = None,
     max_length: int | None = None,
+    adapters: AdapterFacts | None = None,
 ) -> Serve:
     """The command that serves the checkpoint at ``path`` (as the user will type it), and its notes.
 
-    Flags for the KV cache and the length only: all else that the engine needs is in the checkpoint's config.
+    Flags for the KV cache, the length and adapters only: all else that the engine needs is in the config.
     ``model_type``: of that config. ``factory``: what makes the model, where transformers does not know it.
-    ``max_length``: tokens that it was made to read, where that is not its source's.
+    ``max_length``: tokens that it was made to read, where that is not its source's. ``adapters``: what was
+    trained; those that are not merged are named to the engine.
     """
     # An engine would take a leading dash for an option.
     model = f"./{path}" if path.startswith("-") else path
@@ -102,6 +106,10 @@ def serve_facts(
     if kv is not None:
         flags += f" {kv.flags}" if kv.flags else ""
         notes += [] if kv.servable else [_OWN_CACHE.format(format=kv.format)]
+    if adapters is not None and not adapters.merged:
+        named = shell_quote(f"adapter={model.rstrip('/')}/adapter")
+        flags += f" --enable-lora --lora-modules {named} --max-lora-rank {adapters.served_rank}"
+        notes.append(_ADAPTER)
     return Serve(
         command=f"vllm serve {shell_quote(model)}{flags}", model=model, notes=tuple(dict.fromkeys(notes))
     )

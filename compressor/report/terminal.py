@@ -12,6 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from compressor.report import rows
+from compressor.report.adapters import (
+    ADAPTER_HEADS,
+    AdapterFacts,
+    adapter_caption,
+    adapter_notes,
+    adapter_rows,
+)
 from compressor.report.calibration import CalibrationFacts
 from compressor.report.context import (
     CONTEXT_COST_HEADS,
@@ -78,6 +85,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
     if report.context is not None:
         _show_context(show, report.context)
+    if report.adapters is not None:
+        _show_adapters(show, report.adapters)
 
     if report.calibration is not None:
         _show_calibration(show, report.calibration)
@@ -143,6 +152,14 @@ def _show_long(show: _Printer, facts: LongFacts) -> None:
     for heads, rows_of, left in long_tables(facts):
         show.table(heads, rows_of, left=left)
     show.line(long_caption(facts), style="dim")
+
+
+def _show_adapters(show: _Printer, facts: AdapterFacts) -> None:
+    show.title("Training on long documents")
+    show.table(ADAPTER_HEADS, adapter_rows(facts))
+    show.line(adapter_caption(facts), style="dim")
+    for note in adapter_notes(facts):
+        show.line(note)
 
 
 def _show_kv(show: _Printer, facts: KvFacts) -> None:

@@ -13,7 +13,9 @@ import compressor
 from compressor.errors import PlanError
 from compressor.model.load import load_checkpoint_model
 from compressor.planner.plan import make_plan
+from compressor.progress import Silent
 from compressor.recipe.load import load_recipe
+from compressor.verify.structure import check_structure
 from tests.tiny import tiny_llama
 
 from .cases import content, write_recipe
@@ -58,6 +60,8 @@ def test_adapters_are_in_the_weights(tmp_path: Path, source: Path) -> None:
     report = json.loads((output / "report.json").read_text())
     stages = [stage["name"] for stage in report["stages"]]
     assert stages[:2] == ["context", "adapt"]
+    assert len(report["adapters"]["losses"]) == 4
+    assert report["context"]["cost"] is not None
 
 
 def test_adapters_beside_the_weights(tmp_path: Path, source: Path) -> None:
@@ -73,6 +77,10 @@ def test_adapters_beside_the_weights(tmp_path: Path, source: Path) -> None:
         before = model(ids_BT).logits
         after = PeftModel.from_pretrained(model, str(output / "adapter"))(ids_BT).logits
     assert float((after - before).abs().max()) > 1e-3
+    report = json.loads((output / "report.json").read_text())
+    assert "--lora-modules adapter=" in report["serve"]["command"]
+    assert "adapter/adapter_model.safetensors" in report["files"]
+    assert all(check.status != "failed" for check in check_structure(output, Silent()))
 
 
 def test_calibrated_on_what_was_trained(tmp_path: Path, source: Path) -> None:

@@ -1,0 +1,101 @@
+"""What was trained on long documents, in a report."""
+
+from __future__ import annotations
+
+from compressor.report.record import Count, Measure, Record
+from compressor.report.words import duration, number
+
+ADAPTER_HEADS = ("steps", "loss", "loss of hidden facts' answers")
+_ROWS = 8
+
+
+class AdapterFacts(Record):
+    """Adapters, and what was trained beside them.
+
+    Attributes:
+        rank: of the adapters.
+        layers: matrices that have one.
+        targets: their last names.
+        norms: whether norms were trained.
+        embeddings: whether the embedding was.
+        trained: numbers that were.
+        documents: named texts.
+        read: documents read of them.
+        sequences: different sequences.
+        joined: of these, put together from documents that do not fill one.
+        sequence_length: tokens of each.
+        tokens: trained on, in all.
+        retrieval: share of the sequences in which facts were hidden.
+        losses: mean negative log-likelihood of each step, nats a token.
+        answers: that of the answers to hidden facts, of each step that had some.
+        seconds: of training.
+        merged: whether adapters are in the weights; else they lie in the folder ``adapter``.
+        served_rank: vLLM's ``--max-lora-rank`` where they do.
+    """
+
+    rank: Count
+    layers: Count
+    targets: tuple[str, ...]
+    norms: bool
+    embeddings: bool
+    trained: Count
+    documents: tuple[str, ...]
+    read: Count
+    sequences: Count
+    joined: Count
+    sequence_length: Count
+    tokens: Count
+    retrieval: Measure
+    losses: tuple[Measure, ...]
+    answers: tuple[Measure, ...]
+    seconds: Measure
+    merged: bool
+    served_rank: Count
+
+
+def adapter_caption(facts: AdapterFacts) -> str:
+    """One line: what was trained, on how much."""
+    besides = [name for name in ("norms", "embeddings") if getattr(facts, name)]
+    beside = f" beside {', '.join(facts.targets)}" + "".join(f", {name}" for name in besides)
+    return (
+        f"Rank {facts.rank}{beside}: {number(facts.trained / 1e6, 1)}M numbers trained on {facts.tokens:,} "
+        f"tokens in sequences of {facts.sequence_length:,}, {duration(facts.seconds)}"
+    )
+
+
+def adapter_rows(facts: AdapterFacts) -> list[tuple[str, str, str]]:
+    """The mean loss of a few equal stretches of the training."""
+    steps = len(facts.losses)
+    count = min(_ROWS, steps)
+    rows = []
+    for part in range(count):
+        begin, end = part * steps // count, (part + 1) * steps // count
+        told = len(facts.answers)
+        answers = facts.answers[part * told // count : (part + 1) * told // count]
+        rows.append((f"{begin + 1:,} to {end:,}", _mean(facts.losses[begin:end]), _mean(answers)))
+    return rows
+
+
+def adapter_notes(facts: AdapterFacts) -> list[str]:
+    """On what, how sequences were made, and where adapters are."""
+    texts = ", ".join(facts.documents)
+    notes = [
+        f"Trained on {facts.sequences:,} different sequences of {facts.read:,} documents of {texts}; "
+        f"{facts.joined:,} of them are joined from documents, or ends of documents, that do not fill one."
+    ]
+    if facts.retrieval:
+        notes.append(
+            f"In {facts.retrieval:.0%} of the sequences made-up facts were hidden and asked for at the end, "
+            "in wordings that no evaluation here uses; their answers count more."
+        )
+    if facts.merged:
+        notes.append("Adapters are merged into the weights, before these were calibrated and quantized.")
+    else:
+        notes.append(
+            "Adapters are not merged: they lie in the folder adapter, and quality was measured without them."
+        )
+    return notes
+
+
+def _mean(values: tuple[float, ...]) -> str:
+    return number(sum(values) / len(values), 4) if values else "-"
