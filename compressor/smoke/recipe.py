@@ -10,6 +10,7 @@ from compressor.model.families import family_for
 from compressor.planner.claims import unmet_patterns
 from compressor.planner.kv_choice import BF16, kv_options
 from compressor.planner.plan import Plan
+from compressor.recipe.adapters import AdaptersSection
 from compressor.recipe.calibration import CalibrationSection
 from compressor.recipe.context import ContextSection
 from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
@@ -40,6 +41,7 @@ def small_recipe(
         "evaluate": _evaluate(recipe),
         "kv_cache": _kv_cache(plan, config),
         "context": _context(plan),
+        "adapters": _adapters(recipe),
     }
     patterns = list(dict.fromkeys(pattern for _, pattern in sorted(unmet)))
     # Without patterns the rules' numbers, and so their places, may be others.
@@ -116,6 +118,18 @@ def _context(plan: Plan) -> ContextSection | None:
             "search": section.search.model_copy(update=few),
         }
     )
+
+
+def _adapters(recipe: Recipe) -> AdaptersSection | None:
+    """The same training in few steps of one short sequence each."""
+    section = recipe.adapters
+    few = {
+        "sequence_length": SEQUENCE_TOKENS,
+        "tokens": STEPS * SEQUENCE_TOKENS,
+        "tokens_per_step": SEQUENCE_TOKENS,
+        "warmup_steps": 1,
+    }
+    return section and section.model_copy(update=few)
 
 
 def _kv_cache(plan: Plan, config: dict[str, Any]) -> KvCacheSection | None:

@@ -329,7 +329,7 @@ class _Trainer:
 
         if self._accelerator.num_processes == 1:
             return value
-        return float(self._accelerator.reduce(torch.tensor(value, device=self.device), "mean"))
+        return float(self._accelerator.reduce(torch.tensor(float(value), device=self.device), "mean"))
 
     def _optimizer(self, model: AdaptedModel) -> torch.optim.Optimizer:
         import torch

@@ -66,6 +66,19 @@ def test_shipped_recipes(name: str, tmp_path: Path) -> None:
     assert _left(tmp_path) == set()
 
 
+def test_training_is_cut_short(tmp_path: Path) -> None:
+    """Positions are scaled and adapters trained, in few steps of short sequences."""
+    source = FAMILIES["llama_tied"](tmp_path / "model")
+    rest = "context: {method: yarn, target_length: 2048}\nadapters: {documents: long.txt, rank: 4}"
+    recipe = _recipe(tmp_path / "job", f"{{source: {source}}}", "{scheme: nvfp4a16}", rest)
+    (recipe.parent / "long.txt").write_text("the cat sat on the mat and the dog sat on the cat. " * 40)
+    evaluate = "\nevaluate: {tokens: 256, context: 64}\n"
+    recipe.write_text(recipe.read_text() + evaluate)
+    found = _smoked(recipe, tmp_path / "out")
+    assert found.report.adapters is not None
+    assert found.report.adapters.sequence_length * len(found.report.adapters.losses) == 256
+
+
 SLOW = ("llama4", "jamba", "mixtral", "qwen3_moe", "qwen3_5_moe", "deepseek_v3")
 PREDICT = ("qwen3_next", "qwen3_5_moe", "glm4_moe", "deepseek_v3")
 
