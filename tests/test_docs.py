@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from compressor.kv.formats import FORMATS
 from compressor.model.families import BUILTINS
+from compressor.recipe.adapters import AdaptersSection
 from compressor.recipe.calibration import CalibrationSection, DatasetSection
 from compressor.recipe.context_search import SearchSection
 from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
@@ -59,6 +60,14 @@ def test_keys(section: type[BaseModel]) -> None:
 def test_search_keys() -> None:
     """A row for each."""
     assert SearchSection.model_fields.keys() <= _rows(CONTEXT).keys()
+
+
+def test_adapters() -> None:
+    """A row for each key of the section."""
+    assert (
+        _rows(CONTEXT.partition("## Training on long documents")[2]).keys()
+        == AdaptersSection.model_fields.keys()
+    )
 
 
 def test_families() -> None:
