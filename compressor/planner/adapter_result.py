@@ -35,4 +35,5 @@ def adapter_facts(plan: Plan, shown: Mapping[str, Any]) -> AdapterFacts | None:
         seconds=float(told["seconds"]),
         merged=spec.merge,
         served_rank=plan.adapters.served_rank,
+        changed=tuple(told["changed"]),
     )

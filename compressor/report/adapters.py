@@ -31,6 +31,7 @@ class AdapterFacts(Record):
         seconds: of training.
         merged: whether adapters are in the weights; else they lie in the folder ``adapter``.
         served_rank: vLLM's ``--max-lora-rank`` where they do.
+        changed: the source's tensors that are others now.
     """
 
     rank: Count
@@ -51,6 +52,7 @@ class AdapterFacts(Record):
     seconds: Measure
     merged: bool
     served_rank: Count
+    changed: tuple[str, ...]
 
 
 def adapter_caption(facts: AdapterFacts) -> str:

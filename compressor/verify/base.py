@@ -94,6 +94,7 @@ class Chosen:
         changed: tensors in 16 bit that a transform may have changed.
         transform: what it does to matrices, or None without one.
         named: all that the report says was changed, be there anything in the recipe that does so or not.
+        adapted: tensors of the source that were trained on long documents, before all else.
     """
 
     calibrated: frozenset[str] = frozenset()
@@ -102,3 +103,4 @@ class Chosen:
     changed: frozenset[str] = frozenset()
     transform: Transform | None = None
     named: frozenset[str] = frozenset()
+    adapted: frozenset[str] = frozenset()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from compressor.errors import CheckpointError, UserError
 from compressor.recipe.load import load_recipe
-from compressor.recipe.model import WeightsSection
+from compressor.recipe.model import Recipe, WeightsSection
 from compressor.report.model import load_report
 from compressor.solvers.base import Solver
 from compressor.solvers.llmcompressor import LlmCompressor
@@ -17,18 +17,22 @@ from compressor.verify.inputs import RECIPE_FILE
 def chosen_with_data(checkpoint: Path) -> Chosen:
     """What the folder's report names as changed, as far as its recipe has something that changes it.
 
-    Nothing without a report. Tensors that the report names although no polish and no transform stands in the
+    Nothing without a report. Tensors that the report names although nothing that changes them stands in the
     recipe are compared like all others.
     """
     try:
-        shown = load_report(checkpoint).calibration
+        report = load_report(checkpoint)
     except CheckpointError:
-        shown = None
-    if shown is None:
         return Chosen()
+    recipe, shown = _recipe(checkpoint), report.calibration
+    named = frozenset(report.adapters.changed if report.adapters else ())
+    trains = recipe is not None and recipe.adapters is not None and recipe.adapters.merge
+    adapted = named if trains else frozenset[str]()
+    if shown is None:
+        return Chosen(adapted=adapted, named=named)
     moved = frozenset(shown.polish.changed_16bit if shown.polish else ())
     changed = frozenset(shown.changed_16bit)
-    weights = _weights(checkpoint)
+    weights = None if recipe is None else recipe.weights
     solvers = _solvers(weights) if weights is not None else []
     transform = _transform(solvers)
     polished = weights is not None and weights.polish is not None
@@ -40,17 +44,18 @@ def chosen_with_data(checkpoint: Path) -> Chosen:
         changed=changed if transform is not None else frozenset(),
         # Scales may have moved between matrices only.
         transform=transform if changed or shown.smoothed else None,
-        named=moved | changed,
+        named=moved | changed | named,
+        adapted=adapted,
     )
 
 
-def _weights(checkpoint: Path) -> WeightsSection | None:
-    """The ``weights`` section of the folder's recipe; None where it has none that can be read."""
+def _recipe(checkpoint: Path) -> Recipe | None:
+    """The folder's recipe; None where it has none that can be read."""
     path = checkpoint / RECIPE_FILE
     if path.is_symlink() or not path.is_file():
         return None
     try:
-        return load_recipe(str(path.absolute())).recipe.weights
+        return load_recipe(str(path.absolute())).recipe
     except UserError:
         return None
 

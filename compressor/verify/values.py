@@ -49,6 +49,9 @@ POLISHED = 0.1
 TRAINED_GAIN = 0.1
 # Relative squared error of a matrix in 16 bit whose rows and columns were multiplied: that of rounding.
 LIMIT_16BIT = 1e-4
+# Training on long documents moves a tensor by this much of its squared norm at most; an unrelated one of the
+# same size is off by 2.
+ADAPTED = 0.25
 _SHOWN = 3
 
 
@@ -67,6 +70,8 @@ class _Found:
     absent: int = 0
     moved: int = 0
     changed: int = 0
+    adapted_matrices: int = 0
+    adapted_copies: int = 0
     calibrated: int = 0
     worst: float = 0.0
 
@@ -105,7 +110,8 @@ def check_values(stored: StoredWeights, source: Source, progress: Progress, chos
         elif not by_tensor[name]:
             found.absent += 1
         for module, part in by_tensor[name]:
-            _compare_matrix(stored, module, _matrix(source, name, part), found, chosen)
+            adapted = name in chosen.adapted
+            _compare_matrix(stored, module, _matrix(source, name, part), found, chosen, adapted=adapted)
             progress.advance(1, module)
         progress.advance(1, name)
     progress.finish()
@@ -141,7 +147,13 @@ def _matrix(source: Source, name: str, part: LinearPart) -> torch.Tensor:
 
 
 def _compare_matrix(
-    stored: StoredWeights, module: str, source_OI: torch.Tensor, found: _Found, chosen: Chosen
+    stored: StoredWeights,
+    module: str,
+    source_OI: torch.Tensor,
+    found: _Found,
+    chosen: Chosen,
+    *,
+    adapted: bool,
 ) -> None:
     found.matrices += 1
     try:
@@ -166,6 +178,11 @@ def _compare_matrix(
     found_so = resemblance(decoded_OI, source_OI, _group(scheme, source_OI.shape[1]))
     weights = scheme.weights
     assert weights is not None, "a stored module has a weight scheme"
+    if adapted:
+        found.adapted_matrices += 1
+        if not found_so.relative <= ADAPTED + (LIMIT_4BIT if weights.num_bits <= 4 else LIMIT_8BIT):
+            found.far.append(f"{module} (relative squared error {found_so.relative:.2g})")
+        return
     found.worst = max(found.worst, found_so.relative)
     limit = LIMIT_4BIT if weights.num_bits <= 4 else LIMIT_8BIT
     loose = chosen.trained or chosen.transform is not None
@@ -214,6 +231,11 @@ def _may_differ(
     """Whether the report and the recipe explain the difference, and it is no larger than these make it."""
     if header.dtype not in FLOAT_DTYPES:
         return False
+    # What was scaled afterwards has left these bounds.
+    if header.name in chosen.adapted - chosen.changed:
+        found.adapted_copies += 1
+        apart = float((ours.double() - theirs.double()).square().sum())
+        return apart <= ADAPTED * float(theirs.double().square().sum())
     # What was scaled and then polished has left the polish's bounds.
     if header.name in chosen.moved - chosen.changed and ours.dim() < 2:
         found.moved += 1
@@ -257,6 +279,8 @@ def _weights_check(found: _Found, chosen: Chosen) -> Check:
             f"{found.matrices:,} matrices were not compared value by value: the recipe rotates them; all are "
             "finite and of about their source's size",
         )
+    adapted = found.adapted_matrices
+    trained = f", {adapted:,} of them to about that, trained on long documents" if adapted else ""
     how = "each weight the nearest that its group's scale allows"
     if chosen.transform == "scaled":
         how = "but for a factor for each row and column, which the recipe's transform moves between layers"
@@ -265,14 +289,15 @@ def _weights_check(found: _Found, chosen: Chosen) -> Check:
     return Check(
         "weights",
         "passed",
-        f"{found.matrices:,} matrices decode to the source's, {how}; "
+        f"{found.matrices:,} matrices decode to the source's{trained}, {how}; "
         f"largest relative squared error {found.worst:.4f}",
     )
 
 
 def _copies_check(found: _Found) -> Check:
     if found.unlike:
-        why = " (by more than polish or transform of recipe.yaml make it)" if found.unexplained else ""
+        made = "by more than polish or transform of recipe.yaml make it, or its training"
+        why = f" ({made})" if found.unexplained else ""
         return Check("copies", "failed", f"differ from the source{why}: {_some(found.unlike)}")
     if found.added and not found.absent:
         return Check("copies", "failed", f"in the checkpoint, but not in the source: {_some(found.added)}")
@@ -281,7 +306,10 @@ def _copies_check(found: _Found) -> Check:
             f"{found.copies:,} tensors are the source's; {found.absent:,} of the source are not here by name"
         )
         return Check("copies", "passed" if found.copies else "skipped", text)
-    text = f"{found.copies - found.moved - found.changed:,} tensors are the source's"
+    same = found.copies - found.moved - found.changed - found.adapted_copies
+    text = f"{same:,} tensors are the source's"
+    if found.adapted_copies:
+        text += f"; {found.adapted_copies:,} were trained on long documents, which moved none by much"
     if found.moved:
         text += f"; {found.moved:,} norms and biases were moved by the polish, none by much"
     if found.changed:

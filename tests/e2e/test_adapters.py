@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import compressor
+from compressor.checkpoint.folder import FolderSource
 from compressor.errors import PlanError
 from compressor.model.load import load_checkpoint_model
 from compressor.planner.plan import make_plan
 from compressor.progress import Silent
 from compressor.recipe.load import load_recipe
+from compressor.verify.models import check_source_values
 from compressor.verify.structure import check_structure
 from tests.tiny import tiny_llama
 
@@ -57,11 +59,33 @@ def test_adapters_are_in_the_weights(tmp_path: Path, source: Path) -> None:
         assert not torch.equal(before[name], after[name])
     model = load_checkpoint_model(output, torch.float32).model
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    values = {check.name: check for check in check_source_values(output, FolderSource(source), Silent())}
+    assert (values["weights"].status, values["copies"].status) == ("passed", "passed")
+    assert "8 of them to about that, trained" in values["weights"].detail
+    assert "6 were trained on long documents" in values["copies"].detail
     report = json.loads((output / "report.json").read_text())
     stages = [stage["name"] for stage in report["stages"]]
     assert stages[:2] == ["context", "adapt"]
     assert len(report["adapters"]["losses"]) == 4
     assert report["context"]["cost"] is not None
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_verify_tells_other_weights(tmp_path: Path, source: Path, name: str) -> None:
+    """Values that are no training's are found, and so are trained ones that the recipe does not train."""
+    rules = "{scheme: nvfp4a16, ignore: ['*.self_attn.*']}"
+    output = run(tmp_path, source, f"{ADAPTERS}evaluate: null\n", rules)
+    tensors = load_file(output / "model.safetensors")
+    other = tensors | {name: tensors[name].flip(0) * -1}
+    save_file(other, output / "model.safetensors", metadata={"format": "pt"})
+    given = FolderSource(source)
+    (copies,) = [check for check in check_source_values(output, given, Silent()) if check.name == "copies"]
+    assert (copies.status, name in copies.detail) == ("failed", True)
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    text = (output / "recipe.yaml").read_text()
+    (output / "recipe.yaml").write_text(text.partition("adapters:")[0] + "weights: {scheme: nvfp4a16}\n")
+    (copies,) = [check for check in check_source_values(output, given, Silent()) if check.name == "copies"]
+    assert copies.status == "failed"
 
 
 def test_adapters_beside_the_weights(tmp_path: Path, source: Path) -> None:

@@ -35,6 +35,7 @@ FACTS = AdapterFacts(
     seconds=195.0,
     merged=True,
     served_rank=32,
+    changed=("model.norm.weight",),
 )
 
 
