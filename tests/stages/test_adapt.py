@@ -13,7 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from compressor.calibration.spec import DatasetSpec
 from compressor.checkpoint.adapted import ADAPTED_NAME, AdaptedSource, write_adapted
+from compressor.checkpoint.base import Source
 from compressor.checkpoint.folder import FolderSource
+from compressor.checkpoint.gguf import GgufSource
 from compressor.errors import CheckpointError, UserError
 from compressor.model.load import load_source_model
 from compressor.progress import Silent
@@ -22,6 +24,7 @@ from compressor.stages.adapt import AdaptSpec, adapt_stage, rate_share
 from compressor.stages.adapt_loss import SequenceLoss
 from compressor.stages.adapt_model import AdaptedModel
 from compressor.workspace import file_sha256
+from tests.checkpoint.tiny_gguf import tiny_gguf
 from tests.model.zoo import FAMILIES
 from tests.tiny import tiny_llama
 
@@ -87,7 +90,7 @@ def _spec(text: Path, **changes: Any) -> AdaptSpec:
     return replace(spec, **changes)
 
 
-def _adapted(source: FolderSource, spec: AdaptSpec, folder: Path, progress: Silent | None = None) -> Any:
+def _adapted(source: Source, spec: AdaptSpec, folder: Path, progress: Silent | None = None) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     return adapt_stage(source, spec, folder, progress or Silent())["adapt"]
 
@@ -253,6 +256,18 @@ def test_rounds_to_the_dtype_of_the_source(text: Path, tmp_path: Path) -> None:
     _adapted(source, _spec(text, steps=2), tmp_path / "work")
     tensors = load_file(tmp_path / "work" / ADAPTED_NAME)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_gguf_sources_are_trained_as_they_are_read(tmp_path: Path) -> None:
+    """Dequantized to bfloat16, under the names and the config that the result will have."""
+    source = GgufSource(tiny_gguf(tmp_path / "model.gguf"))
+    path = tmp_path / "long.txt"
+    path.write_text("the cat sat on the mat. " * 200)
+    changed = _adapted(source, _spec(path, steps=2, embeddings=False), tmp_path / "work")["changed"]
+    adapted = AdaptedSource(source, tmp_path / "work", "key")
+    different = {name for name in source.headers if not torch.equal(source.read(name), adapted.read(name))}
+    assert different == {name for name in changed if ".self_attn." in name or "norm" in name}
+    assert load_source_model(adapted, torch.float32)(torch.arange(4)[None]).logits.isfinite().all()
 
 
 def test_short_documents_are_joined_and_shown_again(model: Path, tmp_path: Path) -> None:
