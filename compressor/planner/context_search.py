@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor import data
+from compressor.calibration.documents import open_documents
+from compressor.calibration.spec import DatasetSpec
 from compressor.device import available_device_bytes, available_memory_bytes
 from compressor.errors import PlanError, UserError
 from compressor.planner.predict import BASE_RSS_BYTES, Prediction
@@ -27,11 +29,14 @@ from compressor.rope.search import SearchSpace
 from compressor.rope.search_spec import STRETCHES, SearchSpec
 from compressor.rope.spec import ContextSpec
 from compressor.stages.base import Claim
+from compressor.stages.context_texts import LEAST_PAST
 
 _WHERE = "context.search"
 # Activations of a pass in hidden states of all tokens, and the logits of some.
 _HIDDEN_STATES = 16
 _LOGIT_BYTES = 1 << 30
+# Of a token of ordinary text, or fewer.
+_LIKELY_BYTES = 3
 # From here on a CPU's time is warned of.
 _LONG_S = 3600.0
 
@@ -47,6 +52,7 @@ class SearchPlan:
         original_length: of the model.
         candidates: that are scored, at most.
         held_bytes: of memory, on the device that computes.
+        shorter: what to say of files whose documents look shorter than ``tokens``.
         time_s: that it takes.
     """
 
@@ -55,6 +61,7 @@ class SearchPlan:
     tokens: int
     original_length: int
     candidates: int
+    shorter: tuple[str, ...] = ()
     held_bytes: int = 0
     time_s: float = 0.0
 
@@ -90,7 +97,7 @@ class SearchPlan:
 
     def warnings(self) -> list[str]:
         """Whether this machine looks too small for it."""
-        found = []
+        found = list(self.shorter)
         free = available_device_bytes() if self.device == "cuda" else available_memory_bytes()
         if self.held_bytes > free:
             found.append(
@@ -136,16 +143,19 @@ def plan_search(
     counts = {"documents": section.search_documents, "held_out": section.accept_documents}
     if section.held_out is None:
         counts = {"documents": section.search_documents + section.accept_documents}
+    tokens = section.tokens or context.target_length
+    shorter: list[str] = []
     for key, count in counts.items():
         try:
             found[key] = _file(getattr(section, key), loaded.folder, f"{_WHERE}.{key}")
-            _check(found[key], count * space.original_length, evaluated, f"{_WHERE}.{key}")
+            _check(found[key], evaluated, f"{_WHERE}.{key}")
+            least = space.original_length + LEAST_PAST
+            shorter += _short(found[key][0], count, least, tokens, f"{_WHERE}.{key}")
         except UserError as error:
             faults.append(error)
     if len(found) == 2 and found["documents"][1] == found["held_out"][1]:
         what = "is the text that factors are searched on"
         faults.append(UserError(what, where=f"{_WHERE}.held_out", fix="leave it out, or name another"))
-    tokens = section.tokens or context.target_length
     if tokens <= space.original_length:
         what = f"{tokens:,} tokens are not more than the original length, {space.original_length:,}"
         faults.append(UserError(what, where=f"{_WHERE}.tokens", fix="leave it out, or set it higher"))
@@ -162,7 +172,9 @@ def plan_search(
         **told,
     )
     candidates = len(space.seeds()) + spec.generations * spec.children
-    return SearchPlan(spec, planned_device(), tokens, space.original_length, candidates)
+    return SearchPlan(
+        spec, planned_device(), tokens, space.original_length, candidates, shorter=tuple(shorter)
+    )
 
 
 def _file(name: str, beside: Path, where: str) -> tuple[Path, str]:
@@ -173,21 +185,41 @@ def _file(name: str, beside: Path, where: str) -> tuple[Path, str]:
     return path, data.scan_text(path)[0]
 
 
-def _check(found: tuple[Path, str], tokens: int, evaluated: Mapping[str, str], where: str) -> None:
-    """Raises UserError for a text without half a byte for each of so many tokens, or that is measured on."""
-    path, sha256 = found
+def _check(found: tuple[Path, str], evaluated: Mapping[str, str], where: str) -> None:
+    """Raises UserError for a text that the result is measured on."""
+    sha256 = found[1]
     if sha256 in evaluated:
         raise UserError(
             f"is what {evaluated[sha256]} reads: a result must be measured on other texts",
             where=where,
             fix="name another file",
         )
-    if tokens > 2 * (size := data.text_bytes(path)):
+
+
+def _short(path: Path, count: int, least: int, tokens: int, where: str) -> list[str]:
+    """What to say where fewer than ``count`` documents look as long as ``tokens``: a guess, by their bytes.
+
+    Raises:
+        UserError: fewer have ``least`` tokens for sure, since no token has less than a byte; or the file
+            cannot be read.
+    """
+    enough = full = 0
+    for document in open_documents(DatasetSpec(path.name, path=path), 0, 0):
+        size = len(document.encode()) if isinstance(document, str) else 0
+        enough += size >= least
+        full += size >= _LIKELY_BYTES * tokens
+        if full == count:
+            return []
+    if enough < count:
         raise UserError(
-            f"{path.name} has {size:,} bytes; documents with {tokens:,} tokens together are needed at least",
+            f"{enough} documents of {path.name} can have {least:,} tokens; {count} are asked for",
             where=where,
-            fix="name a larger file, or lower search_documents and accept_documents",
+            fix="name a file of longer documents, or lower search_documents and accept_documents",
         )
+    return [
+        f"{where}: about {full} of {count} documents of {path.name} look as long as {tokens:,} tokens; "
+        "shorter ones are used for the rest"
+    ]
 
 
 def _evaluated(loaded: LoadedRecipe) -> dict[str, str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Tokens of a document that lie past the original length: fewer say little.
-_LEAST_PAST = 64
+LEAST_PAST = 64
 # Tokens that a character makes at most: the bytes of UTF-8. Texts too short for sure are not tokenized.
 _MOST_TOKENS_OF_CHAR = 4
 
@@ -58,7 +58,7 @@ def search_texts(
     """
     length, begin = spec.tokens or target_length, leading_token(tokenizer)
     counts = (spec.search_documents, spec.accept_documents)
-    least = original_length + _LEAST_PAST
+    least = original_length + LEAST_PAST
     if spec.held_out is None:
         both = _draw(tokenizer, spec.documents, sum(counts), length, least, spec.seed, progress)
         return SearchTexts(both[: counts[0]], both[counts[0] :], begin)

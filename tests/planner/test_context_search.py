@@ -86,7 +86,12 @@ def _without_search(folder: Path, source: Path) -> Path:
     ("search", "message"),
     [
         ("documents: none.jsonl", "no such file of long documents: none.jsonl"),
-        ("documents: long.jsonl, accept_documents: 200", "documents with 103,424 tokens together"),
+        (
+            "documents: long.jsonl, accept_documents: 7",
+            "8 documents of long.jsonl can have 576 tokens; 9 are asked",
+        ),
+        ("documents: short.jsonl", "0 documents of short.jsonl can have 576 tokens; 6 are asked"),
+        ("documents: broken.jsonl", "broken.jsonl:1: not JSON"),
         ("documents: long.jsonl, held_out: long.jsonl", "is the text that factors are searched on"),
         ("documents: long.jsonl, tokens: 512", "512 tokens are not more than the original length, 512"),
         ("documents: measured.txt", "is what evaluate.text reads"),
@@ -98,6 +103,8 @@ def test_faults_come_before_hours_are_spent(
 ) -> None:
     """Of files that are missing, too small, or measured on."""
     (tmp_path / "measured.txt").write_text("a text to measure on " * 400)
+    (tmp_path / "short.jsonl").write_text("\n".join([json.dumps({"text": "x" * 575})] * 8))
+    (tmp_path / "broken.jsonl").write_text("{")
     evaluate = "{text: measured.txt, tokens: 512, context: 128, tasks: []}"
     with pytest.raises(PlanError, match=message):
         plan(tmp_path, source, search, evaluate=evaluate)
@@ -131,8 +138,10 @@ def test_a_model_that_takes_no_longrope_is_refused(tmp_path: Path, documents: Pa
 
 def test_what_a_machine_is_too_small_for(tmp_path: Path, source: Path, documents: Path) -> None:
     """Memory, and hours on a CPU; silence where all is well."""
-    search = search_of(plan(tmp_path, source, "documents: long.jsonl"))
+    search = search_of(plan(tmp_path, source, "documents: long.jsonl, tokens: 700"))
     assert search.warnings() == []
+    (shorter,) = search_of(plan(tmp_path, source, "documents: long.jsonl")).warnings()
+    assert "about 0 of 6 documents of long.jsonl look as long as 2,048 tokens" in shorter
     (memory,) = replace(search, held_bytes=10**15).warnings()
     assert "1000000.0 GB; this machine has" in memory
     (hours,) = replace(search, time_s=7200.0).warnings()
