@@ -141,7 +141,7 @@ def search_rows(facts: ContextFacts) -> list[tuple[str, str, str, str]]:
 def context_notes(facts: ContextFacts) -> list[str]:
     """What scaling does to short prompts, and what else is to be known."""
     searched = [_search_note(facts.search)] if facts.search is not None else []
-    return [_cost_note(facts), *searched, *facts.notes]
+    return [*facts.notes, _cost_note(facts), *searched]
 
 
 def _search_note(search: FactorSearch) -> str:
@@ -172,6 +172,6 @@ def _cost_note(facts: ContextFacts) -> str:
         else "the quality table holds what quantization and other changes cost as well"
     )
     return (
-        "Scaled frequencies are used for short prompts too: alone they change perplexity within the "
-        f"original length by {percent(cost.increase, signed=True)} ({measured}); {rest}."
+        "Scaling alone changes perplexity within the original length by "
+        f"{percent(cost.increase, signed=True)} ({measured}); {rest}."
     )

@@ -219,7 +219,7 @@ def _notes(told: _Told) -> list[str]:
     if spec.method != "dynamic":
         found.append(
             f"{spec.method} scaling is static: short prompts are read with the scaled frequencies, too, and "
-            "lose by it; the evaluation measures how much"
+            "lose by it"
         )
     else:
         found.append("dynamic scaling is for transformers only: vLLM does not serve it")

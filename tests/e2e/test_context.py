@@ -14,6 +14,7 @@ from compressor.checkpoint.folded import KvFold
 from compressor.checkpoint.folder import FolderSource
 from compressor.checkpoint.stored import StoredTensors
 from compressor.cli.inspect import command as inspect
+from compressor.compare import compare
 from compressor.errors import PlanError
 from compressor.model.load import load_checkpoint_model
 from compressor.planner.keys import stream_key
@@ -65,6 +66,16 @@ def test_the_result_reads_further(tmp_path: Path, source: Path) -> None:
     model = load_checkpoint_model(output, torch.float32).model
     assert model.config.max_position_embeddings == 2048
     assert model(torch.arange(1024)[None] % 256).logits.isfinite().all()
+    made = json.loads((output / "report.json").read_text())["created"]
+    again = run(tmp_path, source, f"{YARN}evaluate: null\n")
+    assert json.loads((again / "report.json").read_text())["created"] == made
+    (tmp_path / "text.txt").write_text("Five wizards quickly jump over my boxed vintage. " * 40)
+    text = str(tmp_path / "text.txt")
+    cache = tmp_path / "cache"
+    measured = compare(
+        output, str(source), text, revision=None, tokens=1536, context=1024, cache=cache, progress=Silent()
+    )
+    assert measured.text.context == 1024
 
 
 def test_weights_are_those_of_the_source(tmp_path: Path, source: Path) -> None:

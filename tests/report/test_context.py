@@ -91,7 +91,7 @@ def test_every_view_says_it(width: int) -> None:
 )
 def test_the_cost_is_said_as_what_it_is(changed: dict[str, Any], said: str) -> None:
     """Scaling alone, all there is, nothing, or something else."""
-    assert said in context_notes(FACTS.model_copy(update=changed))[0]
+    assert said in context_notes(FACTS.model_copy(update=changed))[-1]
 
 
 def test_fields_that_differ() -> None:
