@@ -269,6 +269,19 @@ def test_original_length_below_the_config() -> None:
     assert any("says that it reads 40960" in note for note in lower.notes)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_attention_of_latent_models(family: str) -> None:
+    """Is scaled as in vLLM 0.32 (models/deepseek_v2.py): by YaRN's multiplier twice, and all of a head."""
+    sizes = {"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "kv_lora_rank": 64, "q_lora_rank": 64}
+    source = _SMALL | sizes | {"model_type": family, "rope_theta": 1e4}
+    config: Any = AutoConfig.for_model(**scaled_config(source, ContextSpec("yarn", 32768)).config)
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    name = "DeepseekV2Attention" if family == "deepseek_v2" else "DeepseekV3Attention"
+    with torch.device("meta"):
+        attention = getattr(module, name)(config, 0)
+    assert attention.scaling == pytest.approx((64 + 128) ** -0.5 * methods.yarn_multiplier(4.0) ** 2)
+
+
 def test_windows_are_told() -> None:
     """They do not grow; where layers share their positions, all are scaled."""
     windowed = LLAMA | {"model_type": "mistral", "sliding_window": 4096}
