@@ -212,7 +212,7 @@ def context(options: argparse.Namespace) -> dict[str, Any]:
         name: getattr(options, name)
         for name in ("documents", "long_train", "adapter_rate", "rank", "retrieval")
     }
-    return {"model": str(options.model or SOURCE), **told, "factors": results}
+    return {"model": Path(options.model or SOURCE).name, **told, "factors": results}
 
 
 def _measure(bench: _Bench, folder: Path) -> None:
