@@ -13,6 +13,7 @@ from compressor.calibration.documents import open_documents
 from compressor.calibration.spec import DatasetSpec
 from compressor.device import available_device_bytes, available_memory_bytes
 from compressor.errors import PlanError, UserError
+from compressor.planner.kv_bytes import kv_layers
 from compressor.planner.predict import BASE_RSS_BYTES, Prediction
 from compressor.planner.sizes import (
     DTYPE_BYTES,
@@ -37,6 +38,8 @@ _HIDDEN_STATES = 16
 _LOGIT_BYTES = 1 << 30
 # Of a token of ordinary text, or fewer.
 _LIKELY_BYTES = 3
+# Of each pair of tokens, where layers see a window; for plain causal attention transformers makes no mask.
+_MASK_BYTES = 3
 # From here on a CPU's time is warned of.
 _LONG_S = 3600.0
 
@@ -122,9 +125,11 @@ class SearchPlan:
         width = DTYPE_BYTES["bfloat16" if self.device == "cuda" else "float32"]
         weights = sum(claim.tensor.numel for claim in claims)
         states = _HIDDEN_STATES * self.tokens * hidden_size(config)
+        windows = any(layer.kind in ("sliding", "chunked") for layer in kv_layers(config)[0])
+        mask = _MASK_BYTES * self.tokens**2 if windows else 0
         return replace(
             self,
-            held_bytes=width * (weights + states) + _LOGIT_BYTES,
+            held_bytes=width * (weights + states) + _LOGIT_BYTES + mask,
             time_s=scored * each / FLOPS[self.device],
         )
 

@@ -136,6 +136,16 @@ def test_a_model_that_takes_no_longrope_is_refused(tmp_path: Path, documents: Pa
         plan(tmp_path, source, "documents: long.jsonl")
 
 
+def test_windows_take_a_mask(tmp_path: Path, source: Path, documents: Path) -> None:
+    """A bool and a number of 16 bit for each pair of tokens, where layers see a window."""
+    found = plan(tmp_path, source, "documents: long.jsonl")
+    search, config = search_of(found), dict(found.source.config)
+    windows = config | {"model_type": "mistral", "sliding_window": 256}
+    plain, masked = (search.costed(found.claims, one).held_bytes for one in (config, windows))
+    assert plain == search.held_bytes
+    assert masked - plain == 3 * 2048**2
+
+
 def test_what_a_machine_is_too_small_for(tmp_path: Path, source: Path, documents: Path) -> None:
     """Memory, and hours on a CPU; silence where all is well."""
     search = search_of(plan(tmp_path, source, "documents: long.jsonl, tokens: 700"))

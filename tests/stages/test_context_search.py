@@ -307,3 +307,22 @@ def test_the_bootstrap_holds_the_mean() -> None:
     # Mean and standard error of these: 0.1 and 0.045.
     assert low == pytest.approx(0.1 - 1.96 * 0.045, abs=0.02)
     assert high == pytest.approx(0.1 + 1.96 * 0.045, abs=0.02)
+
+
+def test_no_mask_of_all_pairs_is_made(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is causal by itself: at 131,072 tokens a mask would take 16 GiB."""
+    from torch.nn import functional
+
+    masks: list[object] = []
+    attend = functional.scaled_dot_product_attention
+
+    def heard(*args: Any, attn_mask: Any = None, is_causal: bool = False, **more: Any) -> torch.Tensor:
+        masks.append((attn_mask, is_causal))
+        return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **more)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", heard)
+    text = ScoredText(torch.arange(200) % 250, torch.arange(LENGTH, 200), (torch.arange(LENGTH),))
+    yarn = scaled_config(source.config, ContextSpec("yarn", 4 * LENGTH))
+    Scorer(source, Silent()).score(yarn.config, [text])
+    assert masks
+    assert set(masks) == {(None, True)}
