@@ -316,9 +316,9 @@ def test_no_mask_of_all_pairs_is_made(source: Source, monkeypatch: pytest.Monkey
     masks: list[object] = []
     attend = functional.scaled_dot_product_attention
 
-    def heard(*args: Any, attn_mask: Any = None, is_causal: bool = False, **more: Any) -> torch.Tensor:
-        masks.append((attn_mask, is_causal))
-        return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **more)
+    def heard(*tensors: torch.Tensor, **how: Any) -> torch.Tensor:
+        masks.append((how["attn_mask"], how["is_causal"]))
+        return attend(*tensors, **how)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", heard)
     text = ScoredText(torch.arange(200) % 250, torch.arange(LENGTH, 200), (torch.arange(LENGTH),))
