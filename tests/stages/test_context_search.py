@@ -314,11 +314,12 @@ def test_no_mask_of_all_pairs_is_made(source: Source, monkeypatch: pytest.Monkey
     from torch.nn import functional
 
     masks: list[object] = []
-    attend = functional.scaled_dot_product_attention
+    attend: Any = functional.scaled_dot_product_attention
 
     def heard(*tensors: torch.Tensor, **how: Any) -> torch.Tensor:
         masks.append((how["attn_mask"], how["is_causal"]))
-        return attend(*tensors, **how)
+        attended: torch.Tensor = attend(*tensors, **how)
+        return attended
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", heard)
     text = ScoredText(torch.arange(200) % 250, torch.arange(LENGTH, 200), (torch.arange(LENGTH),))
