@@ -21,7 +21,18 @@ _LATENT_YARN = frozenset({"deepseek_v2", "deepseek_v3"})
 _IMAGES_YARN = frozenset({"qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_5_text", "qwen3_5_moe_text"})
 # Their pairs are neighbours, which vLLM 0.32's longrope refuses.
 _NEIGHBOURS = frozenset(
-    {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe", "helium", "gptj"}
+    {
+        "cohere",
+        "cohere2",
+        "cohere2_moe",
+        "glm",
+        "glm4",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "ernie4_5_vl_moe",
+        "helium",
+        "gptj",
+    }
 )
 # Their rotary positions take no scaling in transformers 5.17 or vLLM 0.32.
 _FIXED = frozenset({"gptj", "codegen", "chatglm", "esm", "roformer"})

@@ -101,7 +101,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "deepseek_v3": _SMALL
-    | {"model_type": "deepseek_v3", "qk_rope_head_dim": 64, "kv_lora_rank": 64, "rope_theta": 1e4},
+    | {
+        "model_type": "deepseek_v3",
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "kv_lora_rank": 64,
+        "q_lora_rank": 64,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 2,
+        "rope_theta": 1e4,
+    },
     "phi3": _SMALL | {"model_type": "phi3", "rope_theta": 1e4, "original_max_position_embeddings": 8192},
     "phimoe": _SMALL | {"model_type": "phimoe", "rope_theta": 1e4},
     "falcon": _SMALL | {"model_type": "falcon", "rope_theta": 1e4, "alibi": False},
@@ -272,8 +282,7 @@ def test_original_length_below_the_config() -> None:
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
 def test_attention_of_latent_models(family: str) -> None:
     """Is scaled as in vLLM 0.32 (models/deepseek_v2.py): by YaRN's multiplier twice, and all of a head."""
-    sizes = {"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "kv_lora_rank": 64, "q_lora_rank": 64}
-    source = _SMALL | sizes | {"model_type": family, "rope_theta": 1e4}
+    source = FAMILIES["deepseek_v3"] | {"model_type": family}
     config: Any = AutoConfig.for_model(**scaled_config(source, ContextSpec("yarn", 32768)).config)
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     name = "DeepseekV2Attention" if family == "deepseek_v2" else "DeepseekV3Attention"

@@ -66,6 +66,7 @@ def test_other_families(tmp_path: Path, engine_python: Path) -> None:
         ("qwen3", "Qwen3ForCausalLM", "llama3"),
         ("stablelm", "StableLmForCausalLM", "longrope"),
         ("phi3", "Phi3ForCausalLM", "longrope"),
+        ("deepseek_v3", "DeepseekV3ForCausalLM", "yarn"),
     )
     target, asked, expected = 20000, {}, {}
     for name, architecture, method in named:
