@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from compressor.budget.gates import check_gates
-from compressor.checkpoint.folded import FoldedSource
 from compressor.errors import GateError, UserError
 from compressor.evals.base import EvalResult
 from compressor.export import (
@@ -28,7 +27,7 @@ from compressor.planner.calibrated import walk_key
 from compressor.planner.context_result import context_facts
 from compressor.planner.evaluated import measured_content
 from compressor.planner.keys import stream_key
-from compressor.planner.kv_result import kv_facts
+from compressor.planner.kv_result import told_kv
 from compressor.planner.oneshot import oneshot_key
 from compressor.planner.plan import Plan
 from compressor.planner.polished import polish_key
@@ -36,7 +35,6 @@ from compressor.planner.relocated import recipe_seen_from
 from compressor.planner.staged import base_source, scaled_source, trained_source, weights_source
 from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
-from compressor.report.kv import KvFacts
 from compressor.report.manifest import Manifest, write_manifest
 from compressor.report.model import Report, StageCost, load_report
 from compressor.stages.adapt import adapt_stage
@@ -120,7 +118,8 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
         check_known(plan.source)
         costs = []
         with _placed(plan):
-            if not plan.workspace.finished(stages[0].name, stages[0].key):
+            # Stages before the weights may be another recipe's, for which other things were checked.
+            if not plan.workspace.finished("stream", stream_key(plan)):
                 _check_early(plan)
             for stage in stages:
                 if fresh:
@@ -266,16 +265,6 @@ def _kv(plan: Plan, progress: Progress) -> _Stage | None:
     return _Stage("kv", planned.key(plan.base_source), run_kv)
 
 
-def _kv_facts(plan: Plan, folder: Path | None, shown: Mapping[str, Any]) -> KvFacts | None:
-    """The report's part on the KV cache."""
-    if folder is None:
-        return None
-    weights = weights_source(plan)
-    changed = weights.changed if isinstance(weights, FoldedSource) else ()
-    quality = (shown["evaluate"]["evaluation"] or {}).get("kv", ())
-    return kv_facts(plan, folder, shown["kv"]["kv"], quality, changed)
-
-
 def _oneshot(plan: Plan, progress: Progress) -> _Stage | None:
     """The stage in the walk's place where llm-compressor chooses the values."""
     oneshot = plan.oneshot
@@ -345,7 +334,7 @@ def _export(
         gates,
         costs,
         result_folder,
-        _kv_facts(plan, artefacts.get("kv"), shown),
+        told_kv(plan, artefacts.get("kv"), shown),
         context_facts(plan, artefacts["context"], shown["context"]["context"], facts)
         if plan.context is not None
         else None,

@@ -7,14 +7,26 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.checkpoint.folded import FoldedSource
 from compressor.kv.formats import FORMATS
 from compressor.planner.kv_bytes import KvLayer, kv_layers
 from compressor.planner.kv_choice import BF16, cache_bytes, kv_points, launch_flags
+from compressor.planner.staged import weights_source
 from compressor.report.kv import KvFacts, KvQuality, KvSizes
 
 if TYPE_CHECKING:
     from compressor.kv.plan import KvPlan
     from compressor.planner.plan import Plan
+
+
+def told_kv(plan: Plan, folder: Path | None, shown: Mapping[str, Any]) -> KvFacts | None:
+    """The report's part on the KV cache."""
+    if folder is None:
+        return None
+    weights = weights_source(plan)
+    changed = weights.changed if isinstance(weights, FoldedSource) else ()
+    quality = (shown["evaluate"]["evaluation"] or {}).get("kv", ())
+    return kv_facts(plan, folder, shown["kv"]["kv"], quality, changed)
 
 
 def kv_facts(

@@ -15,7 +15,7 @@ from compressor.checkpoint.folder import FolderSource
 from compressor.checkpoint.stored import StoredTensors
 from compressor.cli.inspect import command as inspect
 from compressor.compare import compare
-from compressor.errors import PlanError
+from compressor.errors import PlanError, UserError
 from compressor.model.load import load_checkpoint_model
 from compressor.planner.keys import stream_key
 from compressor.planner.plan import make_plan
@@ -257,3 +257,14 @@ def test_keys_change_with_the_scaling_only(tmp_path: Path, source: Path) -> None
         keys.append(stream_key(make_plan(load_recipe(str(path)))))
     assert keys[1] == keys[2]
     assert len(set(keys)) == 3
+
+
+def test_a_shared_stage_skips_no_check(tmp_path: Path, source: Path) -> None:
+    """A text that is too short is found before the weights, though the scaling is done already."""
+    run(tmp_path, source, f"{YARN}evaluate: null\n")
+    (tmp_path / "short.txt").write_text("Too short, though of enough bytes. " * 8)
+    rest = f"{YARN}evaluate: {{text: {tmp_path / 'short.txt'}, tokens: 500, context: 128}}\n"
+    other = write_recipe(tmp_path / "other.yaml", source, "{scheme: int8}", rest)
+    with pytest.raises(UserError, match="tokens"):
+        compressor.run(other, output=tmp_path / "out" / "other")
+    assert len(list((tmp_path / "out" / ".compress-workspace" / "stages").glob("stream-*"))) == 1
