@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import lzma
+from pathlib import Path
 
 import pytest
 
+from compressor.errors import UserError
 from compressor.kv.spec import KvSpec
 from compressor.planner.adapted import AdaptPlan
-from compressor.planner.adapter_spec import fold_faults, unmerged_faults
+from compressor.planner.adapter_spec import fold_faults, found_documents, unmerged_faults
 from compressor.planner.kv_job import KvStage
 from compressor.recipe.adapters import AdaptersSection
 from compressor.stages.adapt import AdaptSpec
@@ -32,6 +35,25 @@ def test_layers_that_no_engine_adapts() -> None:
     assert not unmerged_faults(["model.layers.0.self_attn.q_proj"], ())
     (fault,) = unmerged_faults(["model.layers.0.self_attn.kv_b_proj"], ())
     assert "adapters of kv_b_proj" in fault.what
+
+
+def test_evaluation_texts_are_refused_packed_or_not(tmp_path: Path) -> None:
+    """Any text that the result is measured on, whatever its file is called."""
+    text = '{"text": "a long document"}\n'
+    (tmp_path / "measured.jsonl").write_text(text)
+    (tmp_path / "packed.jsonl.xz").write_bytes(lzma.compress(text.encode()))
+    (tmp_path / "other.jsonl").write_text(text * 2)
+    section = AdaptersSection(documents=("other.jsonl", "packed.jsonl.xz"))
+    faults: list[UserError] = []
+    held_out = [tmp_path / "other.txt", tmp_path / "measured.jsonl"]
+    held_out[0].write_text("another text")
+    found = found_documents(section, tmp_path, held_out, faults)
+    assert [document.name for document in found] == ["other.jsonl", "packed.jsonl.xz"]
+    (fault,) = faults
+    assert (fault.where, "packed.jsonl.xz is an evaluation text" in fault.what) == (
+        "adapters.documents.1",
+        True,
+    )
 
 
 def test_norms_and_embeddings_are_merged() -> None:
