@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.made_by import FactorySource
 from compressor.device import available_device_bytes, available_memory_bytes
 from compressor.errors import PlanError, UserError
 from compressor.evals.base import EvalSpec
@@ -153,11 +154,15 @@ def plan_adapters(
         held_out: texts that the result is measured on.
 
     Raises:
+        UserError: a package makes the model.
         PlanError: every fault found.
     """
     section = loaded.recipe.adapters
     assert section is not None
     faults: list[UserError] = []
+    if isinstance(source, FactorySource):
+        what = f"{source.factory} makes the model: which of its parameters is its embedding is not known"
+        raise UserError(what, where="adapters", fix="leave the section out")
     documents = found_documents(section, loaded.folder, held_out, faults)
     spec = adapt_spec(section, loaded, source.config, documents, faults)
     matrices = [claim for claim in claims if claim.role.kind == "linear" and in_block(claim)]

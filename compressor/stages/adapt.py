@@ -9,8 +9,8 @@ saved as it goes: a killed run goes on with it, on the CPU to the same bits.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from math import cos, isfinite, pi
 from pathlib import Path
@@ -348,12 +348,32 @@ class _Trainer:
             save_state(self._folder, trained, optimizer, done)
 
 
-def _fused_attention(device: torch.device) -> AbstractContextManager[Any]:
-    """On an accelerator only kernels of attention that never hold scores of all pairs of tokens."""
+@contextmanager
+def _fused_attention(device: torch.device) -> Iterator[None]:
+    """On an accelerator only kernels of attention that never hold scores of all pairs of tokens.
+
+    Raises:
+        UserError: none of them takes this model; or the memory does not hold a sequence.
+    """
+    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    if device.type != "cuda":
-        return nullcontext()
     kinds = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    kernels: AbstractContextManager[Any] = sdpa_kernel(kinds, set_priority=True)
-    return kernels
+    fused = device.type == "cuda"
+    try:
+        with sdpa_kernel(kinds, set_priority=True) if fused else nullcontext():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the accelerator's memory does not hold a sequence on its way through the model",
+            where="adapters.sequence_length",
+            fix="lower it, or use an accelerator with more memory",
+        ) from error
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        raise UserError(
+            "no kernel computes this model's attention without scores of all pairs of tokens",
+            where="adapters",
+            fix="leave the section out",
+        ) from error

@@ -129,6 +129,12 @@ def test_without_leave(tmp_path: Path, package: None) -> None:
             "evaluate: null\nexport: {format: modelopt}",
             "ModelOpt's dialect",
         ),
+        (
+            FACTORY,
+            "{scheme: int8}",
+            "evaluate: null\nadapters: {}",
+            "which of its parameters is its embedding",
+        ),
     ],
 )
 def test_faults_of_a_plan(

@@ -308,6 +308,29 @@ def test_refuses_tensors_of_another_model(model: Path, text: Path, tmp_path: Pat
         AdaptedSource(source, tmp_path / "work", "key").read(name)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "adapters.sequence_length: the accelerator's memory"),
+        (
+            RuntimeError("No available kernel. Aborting execution."),
+            "no kernel computes this model's attention",
+        ),
+    ],
+)
+def test_what_an_accelerator_lacks_is_told(
+    model: Path, text: Path, tmp_path: Path, error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence in the place of a traceback."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(SequenceLoss, "forward", fail)
+    with pytest.raises(UserError, match=said):
+        _adapted(FolderSource(model), _spec(text), tmp_path)
+
+
 def test_rates() -> None:
     """A linear rise to the highest, then down to a tenth."""
     shares = [rate_share(step, 100, 10) for step in range(100)]
