@@ -13,6 +13,7 @@ from compressor.planner.plan import Plan
 from compressor.recipe.adapters import AdaptersSection
 from compressor.recipe.calibration import CalibrationSection
 from compressor.recipe.context import ContextSection
+from compressor.recipe.evaluate_long import LongSection
 from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
 from compressor.recipe.load import LoadedRecipe
 from compressor.recipe.model import EvaluateSection, ModelSection, Recipe, WeightsSection
@@ -22,6 +23,7 @@ from compressor.spec import TensorHeader
 SEQUENCES, SEQUENCE_TOKENS = 8, 64
 SEARCH_TOKENS = 64
 EVAL_TOKENS, EVAL_CONTEXT, EVAL_ITEMS = 256, 64, 4
+LONG_TOKENS = 512
 STEPS = 4
 
 
@@ -160,5 +162,15 @@ def _evaluate(recipe: Recipe) -> EvaluateSection:
         "tokens": min(section.tokens, EVAL_TOKENS),
         "context": min(section.context, EVAL_CONTEXT),
         "tasks": tasks,
+        "long": None if section.long is None else _long(section.long),
     }
+    return section.model_copy(update=few)
+
+
+def _long(section: LongSection) -> LongSection:
+    """One short document and one number of each kind; samples of RULER do not fit in so few tokens."""
+    needles = section.needles and section.needles.model_copy(
+        update={"lengths": (LONG_TOKENS,), "depths": section.needles.depths[:1], "trials": 1}
+    )
+    few = {"count": 1, "tokens": LONG_TOKENS, "stride": None, "needles": needles, "ruler": None}
     return section.model_copy(update=few)

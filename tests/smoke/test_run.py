@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -188,3 +189,22 @@ def test_from_the_hub_without_its_weights(tmp_path: Path) -> None:
     assert "the source's own" in done.stdout
     assert served["model.safetensors"] < shard.stat().st_size
     assert not any("stages" in name or "partial" in name for name in _left(tmp_path / "o"))
+
+
+def test_long_context_is_measured_shortly(tmp_path: Path) -> None:
+    """A document and a number, whatever the recipe asks for: hours of a large model are seconds here."""
+    model = tiny_llama(tmp_path / "model")
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text(json.dumps({"text": "Many words make a long document. " * 40}) + "\n")
+    long = (
+        f"{{documents: {documents}, count: 1, tokens: 1000, needles: {{lengths: [900], trials: 9}}, "
+        "ruler: {tasks: [ruler_fwe]}}"
+    )
+    rest = f"context: {{method: yarn, target_length: 1024}}\nevaluate: {{long: {long}}}"
+    recipe = _recipe(tmp_path / "recipe", f"{{source: {model}}}", "{scheme: int8}", rest)
+    found = _smoked(recipe, tmp_path / "out").report.long
+    assert found is not None
+    assert found.text is not None
+    assert (found.text.tokens, len(found.text.documents)) == (512, 1)
+    assert [cell.trials for cell in found.needles["result"]] == [1, 1]
+    assert found.ruler == {}
