@@ -197,9 +197,7 @@ def settled_adapters(
     """What is trained, if anything is; adds to ``faults`` and ``warnings`` what it finds."""
     if loaded.recipe.adapters is None:
         return None
-    held_out = [] if evaluation is None else [evaluation.text]
-    if evaluation is not None and evaluation.long is not None:
-        held_out.append(evaluation.long.documents)
+    held_out = list(evaluation.texts.values()) if evaluation is not None else []
     adapters = collect(faults, lambda: plan_adapters(loaded, source, claims, held_out))
     if adapters is None:
         return None

@@ -109,6 +109,16 @@ def test_a_recipe_measures_long_context(tmp_path: Path, source: Path) -> None:
             "calibration.datasets",
             "is the long evaluation's documents",
         ),
+        (
+            "adapters={documents: [long.jsonl], sequence_length: 64, tokens: 128}",
+            "adapters.documents",
+            "is an evaluation text",
+        ),
+        (
+            "context={method: longrope, target_length: 1024, search: {documents: long.jsonl}}",
+            "context.search.documents",
+            "is what evaluate.long.documents reads",
+        ),
     ],
 )
 def test_the_plan_refuses(tmp_path: Path, source: Path, change: str, where: str, what: str) -> None:
