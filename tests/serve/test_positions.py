@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from compressor.rope import methods
 from compressor.rope.positions import read_positions
@@ -23,6 +23,7 @@ from tests.tiny import tiny_llama
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(300)]
 
 WORKER = Path(__file__).with_name("positions_worker.py")
+SCORES = Path(__file__).with_name("packed_worker.py")
 ORIGINAL, HEAD, THETA = 512, 64, 1e4
 METHODS: tuple[Method, ...] = ("yarn", "longrope", "linear", "ntk", "llama3")
 TARGETS = (2048, 1234)
@@ -90,6 +91,49 @@ def test_other_families(tmp_path: Path, engine_python: Path) -> None:
             assert any(bool(((mine - table[:target]).abs() < _slack(target)).all()) for table in found), name
 
 
+@pytest.mark.parametrize("method", ["yarn", "linear"])
+def test_requests_past_the_original_length(method: Method, tmp_path: Path, engine_python: Path) -> None:
+    """Are taken, scored and continued as by transformers, also where the config states the length before."""
+    folder = tiny_llama(tmp_path / "model", hidden=2 * HEAD, heads=2, kv_heads=1, dtype=torch.float32)
+    before = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(scaled_config(before, ContextSpec(method, 256)).config))
+    tokens = torch.randint(1, 250, (240,), generator=torch.Generator().manual_seed(0)).tolist()
+    asked, out = tmp_path / "asked.json", tmp_path / "out.json"
+    engine = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_num_seqs": 1}
+    asked.write_text(json.dumps({"prompts": [tokens], "new": 8, "engine": engine}))
+    _run(engine_python, SCORES, folder, asked, out)
+    answer = json.loads(out.read_text())["results"][0]
+    whole_T = torch.tensor(tokens + answer["tokens"])
+    found = torch.tensor(answer["prompt"] + answer["logprobs"])
+    # Both in fp32; two engines sum in other orders.
+    torch.testing.assert_close(found, _scores(folder, None, whole_T), rtol=0, atol=2e-3)
+    assert (found - _scores(folder, LlamaConfig.from_dict(before), whole_T)).abs().mean() > 0.05
+
+
+def _scores(folder: Path, config: Any, tokens_T: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of all tokens but the first, of the weights under a config or their own."""
+    model = LlamaForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        scores_TV: torch.Tensor = model(tokens_T[None]).logits[0, :-1].log_softmax(-1)
+    return scores_TV.gather(1, tokens_T[1:, None])[:, 0]
+
+
+def _run(python: Path, worker: Path, *arguments: Path) -> None:
+    """A worker in the engine's environment, in the folder of its last argument."""
+    env = engine_environment(python, {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1"})
+    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(
+        [python, worker, *arguments],
+        env=env,
+        cwd=arguments[-1].parent,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+
+
 def _slack(tokens: int) -> torch.Tensor:
     """By how much cosines of each position may differ, [positions, 1]."""
     return FP32 * (2 + torch.arange(tokens)[:, None])
@@ -107,17 +151,7 @@ def _of_vllm(longest: dict[Path, int | None], python: Path, at: Path) -> dict[st
     asked, out = at / "models.json", at / "tables.safetensors"
     models = {folder.name: {"folder": str(folder), "longest": tokens} for folder, tokens in longest.items()}
     asked.write_text(json.dumps(models))
-    env = engine_environment(python, {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"})
-    ran = subprocess.run(
-        [python, WORKER, asked, out],
-        env=env,
-        cwd=at,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    _run(python, WORKER, asked, out)
     tables: dict[str, torch.Tensor] = load_file(out)
     return tables
 
