@@ -106,3 +106,17 @@ def test_inspect_tells(tmp_path: Path) -> None:
     assert "error: positions: factor is the integer 2: vLLM fails, write 2.0" in told.stdout
     found = json.loads(CliRunner().invoke(cli, ["inspect", str(folder), "--json"]).stdout)["positions"]
     assert [finding["severity"] for finding in found] == ["error"]
+
+
+def test_plan_warns(tmp_path: Path) -> None:
+    """Of the source's faults, before hours are spent on it."""
+    folder = tiny_llama(tmp_path / "model", hidden=128, intermediate=128)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "linear", "factor": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{source: {folder}}}\nweights: {{scheme: fp8_dynamic}}\nevaluate: null\n")
+    told = CliRunner().invoke(cli, ["plan", str(recipe), "--json"])
+    assert told.exit_code == 0, told.output
+    warnings = json.loads(told.stdout)["warnings"]
+    assert "config.json of the source: factor is the integer 2: vLLM fails, write 2.0" in warnings
