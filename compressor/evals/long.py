@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from compressor.device import fast_dtype, pick_device
+from compressor.errors import UserError
 from compressor.evals.kv_needle import Needle
 from compressor.evals.long_kept import Kept
 from compressor.evals.long_needle import KINDS, Kind, find, hide
@@ -68,12 +69,14 @@ def evaluate_long(
         folder: where what is measured is kept until all is, or None to keep nothing.
 
     Raises:
-        UserError: documents too short or too few, needles or tasks that do not fit.
+        UserError: documents too short or too few, needles or tasks that do not fit; too little memory.
         CheckpointError: models that give NaN.
     """
     if folder is None:
         with TemporaryDirectory() as scratch:
             return evaluate_long(source_model, result_model, tokenizer, spec, progress, Path(scratch))
+    import torch
+
     device = pick_device()
     dtype = fast_dtype(device)
     models = {
@@ -82,13 +85,20 @@ def evaluate_long(
     }
     documents = _documents(tokenizer, spec)
     kept = Kept(folder)
-    text = _text(models, documents, spec, kept, progress, str(dtype).removeprefix("torch."))
-    return LongResult(
-        text=text,
-        needles=_needles(models, tokenizer, documents, spec, kept, progress),
-        ruler=_ruler(models, tokenizer, spec, kept, progress),
-        documents_label=spec.documents_label,
-    )
+    try:
+        return LongResult(
+            text=_text(models, documents, spec, kept, progress, str(dtype).removeprefix("torch.")),
+            needles=_needles(models, tokenizer, documents, spec, kept, progress),
+            ruler=_ruler(models, tokenizer, spec, kept, progress),
+            documents_label=spec.documents_label,
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the device's memory does not hold a text of so many tokens: {str(error).split('. ')[0]}",
+            where="evaluate.long",
+            fix="lower tokens and lengths, or run the same command on a larger device: what is measured is "
+            "kept",
+        ) from error
 
 
 def _documents(tokenizer: PreTrainedTokenizerBase, spec: LongSpec) -> Documents:

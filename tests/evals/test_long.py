@@ -182,6 +182,23 @@ def test_a_killed_one_goes_on(
     assert len(passes) == needed
 
 
+def test_a_device_that_is_too_small_is_no_fault_of_ours(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    spec: LongSpec,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is said, and what to do."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has")
+
+    monkeypatch.setattr(long, "measure", full)
+    with pytest.raises(UserError, match=r"so many tokens: CUDA out of memory\n") as caught:
+        evaluate_long(*models, tokenizer, spec, Silent())
+    assert caught.value.where == "evaluate.long"
+
+
 def test_within_the_trained_length_nothing_slides(
     models: tuple[PreTrainedModel, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, spec: LongSpec
 ) -> None:
