@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import data
+from compressor.checkpoint.base import Source
 from compressor.errors import CheckpointError, PlanError, UserError
 from compressor.evals.long_spec import LongNeedles, LongRuler, LongSpec, missing_packages
 from compressor.evals.long_text import Sliding
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from compressor.evals.base import EvalSpec
 
 _WHERE = "evaluate.long"
+_LONG_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,17 @@ def long_cost(
         total += 2 * len(spec.ruler.tasks) * spec.ruler.limit * sum(map(one, spec.ruler.lengths))
     device = planned_device()
     return LongCost(spec, device, total / FLOPS[device])
+
+
+def long_warnings(evaluation: EvalSpec | None, claims: Sequence[Claim], source: Source) -> list[str]:
+    """Whether it takes hours: a run shows no plan."""
+    cost = long_cost(evaluation, claims, source.config)
+    if cost is None or cost.device == "cuda" or cost.time_s < _LONG_S:
+        return []
+    return [
+        f"{_WHERE} takes about {duration(cost.time_s)} on this machine, which has no GPU; fewer tokens, "
+        "documents (`count`), trials or samples take less"
+    ]
 
 
 def _all(lengths: Sequence[int]) -> str:

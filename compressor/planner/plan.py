@@ -31,7 +31,7 @@ from compressor.planner.context import (
     settled_context,
 )
 from compressor.planner.evaluated import evaluation_spec
-from compressor.planner.evaluated_long import LongCost, long_cost
+from compressor.planner.evaluated_long import LongCost, long_cost, long_warnings
 from compressor.planner.faults import collect
 from compressor.planner.keys import own_stages
 from compressor.planner.kv_bytes import full_context
@@ -189,7 +189,7 @@ def make_plan(
     parts = Parts(evaluation, adapters, walk, oneshot, polish, kv_stage, context)
     prediction, evicts = predict_bounded(recipe.workspace, source, claims, shards, parts, faults, warnings)
     warnings[:0] = _warnings(loaded, given, prediction.result_bytes)
-    warnings += dialect.warnings(modules_of(source, claims))
+    warnings += [*dialect.warnings(modules_of(source, claims)), *long_warnings(evaluation, claims, source)]
     check_places(output, space.root, source.model_dir() if source.revision is None else None, faults)
     plan = Plan(
         loaded=loaded,

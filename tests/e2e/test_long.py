@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import compressor
 from compressor.cli.long_options import _KEYS, _OPTIONS
 from compressor.errors import PlanError, UserError
+from compressor.planner import evaluated_long
 from compressor.planner.plan import make_plan
 from compressor.progress import Silent
 from compressor.recipe.load import load_recipe
@@ -135,7 +137,9 @@ def _is_at(where: str, change: str, fault: UserError) -> bool:
     return "recipe.yaml:" in fault.where or change in fault.where or where in fault.where
 
 
-def test_the_plan_says_how_long_it_takes(tmp_path: Path, source: Path) -> None:
+def test_the_plan_says_how_long_it_takes(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By operations: attention of long texts is most of it; nothing where nothing is asked for."""
     plan = compressor.plan(recipe(tmp_path, source))
     assert plan.long is not None
@@ -147,6 +151,11 @@ def test_the_plan_says_how_long_it_takes(tmp_path: Path, source: Path) -> None:
     assert longer.long is not None
     assert longer.long.time_s > plan.long.time_s > 0
     assert compressor.plan(recipe(tmp_path, source, CONTEXT)).long is None
+    assert not any("evaluate.long" in warning for warning in plan.warnings)
+    monkeypatch.setattr(evaluated_long, "FLOPS", {"cpu": 1e4, "cuda": 1e4})
+    monkeypatch.setattr(evaluated_long, "planned_device", lambda: "cpu")
+    slow = compressor.plan(recipe(tmp_path, source))
+    assert any(re.match(r"evaluate\.long takes about [0-9,]+ h", warning) for warning in slow.warnings)
 
 
 def test_a_document_with_too_few_tokens_stops_the_run_at_once(tmp_path: Path, source: Path) -> None:
