@@ -34,15 +34,15 @@ def small_recipe(
 
     Quality is measured even where the recipe says not to: that the result computes is what is to be shown.
     """
-    recipe = plan.loaded.recipe
+    recipe, context = plan.loaded.recipe, _context(plan)
     unmet = unmet_patterns(headers, config, family_for(config), recipe.weights)
     changed = {
         "model": ModelSection(source=str(model)),
         "weights": _weights(recipe.weights, unmet),
         "calibration": _calibration(plan),
-        "evaluate": _evaluate(recipe),
+        "evaluate": _evaluate(recipe, context),
         "kv_cache": _kv_cache(plan, config),
-        "context": _context(plan),
+        "context": context,
         "adapters": _adapters(recipe),
     }
     patterns = list(dict.fromkeys(pattern for _, pattern in sorted(unmet)))
@@ -153,7 +153,7 @@ def _kv_cache(plan: Plan, config: dict[str, Any]) -> KvCacheSection | None:
     return section.model_copy(update={"budget": KvBudgetSection(bytes_per_token=max(wanted, smallest))})
 
 
-def _evaluate(recipe: Recipe) -> EvaluateSection:
+def _evaluate(recipe: Recipe, context: ContextSection | None) -> EvaluateSection:
     section = recipe.evaluate or EvaluateSection()
     tasks = tuple(
         task.model_copy(update={"limit": min(task.limit or EVAL_ITEMS, EVAL_ITEMS)}) for task in section.tasks
@@ -162,15 +162,16 @@ def _evaluate(recipe: Recipe) -> EvaluateSection:
         "tokens": min(section.tokens, EVAL_TOKENS),
         "context": min(section.context, EVAL_CONTEXT),
         "tasks": tasks,
-        "long": None if section.long is None else _long(section.long),
+        "long": None if section.long is None else _long(section.long, context),
     }
     return section.model_copy(update=few)
 
 
-def _long(section: LongSection) -> LongSection:
+def _long(section: LongSection, context: ContextSection | None) -> LongSection:
     """One short document and one number of each kind; samples of RULER do not fit in so few tokens."""
+    tokens = LONG_TOKENS if context is None else min(LONG_TOKENS, context.target_length)
     needles = section.needles and section.needles.model_copy(
-        update={"lengths": (LONG_TOKENS,), "depths": section.needles.depths[:1], "trials": 1}
+        update={"lengths": (tokens,), "depths": section.needles.depths[:1], "trials": 1}
     )
-    few = {"count": 1, "tokens": LONG_TOKENS, "stride": None, "needles": needles, "ruler": None}
+    few = {"count": 1, "tokens": tokens, "stride": None, "needles": needles, "ruler": None}
     return section.model_copy(update=few)
