@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressor.checkpoint.base import Source
+from compressor.checkpoint.reconfigured import ReconfiguredSource
 from compressor.checkpoint.sources import open_source
 from compressor.cli.verify import LEAST_TOKENS as LEAST_ASKED_FOR
 from compressor.progress import Silent
@@ -96,3 +98,14 @@ def test_the_fewest_tokens_are_enough_for_a_verdict(tmp_path: Path, longest: int
     """In the shortest windows too, each of which begins with a token that is not scored."""
     found = tokens_of(byte_tokenizer(tmp_path), "calibration/heldout.jsonl", LEAST_ASKED_FOR, longest)
     assert found.scored >= LEAST_TOKENS
+
+
+def test_a_source_under_another_config_shares_its_weights(dense: Path, tmp_path: Path) -> None:
+    """Links to the files, and nothing written but the small ones: no room is needed."""
+    source = open_source(str(dense))
+    config = source.config | {"max_position_embeddings": 4096}
+    scaled = ReconfiguredSource(source, config, 4096)
+    assert missing_room(scaled, tmp_path) == ""
+    folder = plain_folder(scaled, tmp_path)
+    assert json.loads((folder / "config.json").read_text()) == config
+    assert (folder / "model.safetensors").resolve() == (dense / "model.safetensors").resolve()
