@@ -29,6 +29,7 @@ NAMES = [
     "scout-int4",
     "scout-nvfp4",
     "smollm2-128k-trained",
+    "smollm2-32k-longrope",
     "smollm2-32k-nvfp4-kv4",
     "smollm2-32k-trained",
     "smollm2-32k",
