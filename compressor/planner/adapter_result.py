@@ -31,7 +31,7 @@ def adapter_facts(plan: Plan, shown: Mapping[str, Any]) -> AdapterFacts | None:
         tokens=told["tokens"],
         retrieval=float(spec.retrieval),
         losses=tuple(map(float, told["losses"])),
-        answers=tuple(map(float, told["answers"])),
+        answers=tuple(told["answers"]),
         seconds=float(told["seconds"]),
         merged=spec.merge,
         served_rank=plan.adapters.served_rank,

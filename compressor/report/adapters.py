@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from compressor.report.record import Count, Measure, Record
 from compressor.report.words import duration, number
 
@@ -27,7 +29,7 @@ class AdapterFacts(Record):
         tokens: trained on, in all.
         retrieval: share of the sequences in which facts were hidden.
         losses: mean negative log-likelihood of each step, nats a token.
-        answers: that of the answers to hidden facts, of each step that had some.
+        answers: that of the answers to hidden facts; None for a step that had none.
         seconds: of training.
         merged: whether adapters are in the weights; else they lie in the folder ``adapter``.
         served_rank: vLLM's ``--max-lora-rank`` where they do.
@@ -48,7 +50,7 @@ class AdapterFacts(Record):
     tokens: Count
     retrieval: Measure
     losses: tuple[Measure, ...]
-    answers: tuple[Measure, ...]
+    answers: tuple[Measure | None, ...]
     seconds: Measure
     merged: bool
     served_rank: Count
@@ -60,7 +62,7 @@ def adapter_caption(facts: AdapterFacts) -> str:
     besides = [name for name in ("norms", "embeddings") if getattr(facts, name)]
     beside = f" beside {', '.join(facts.targets)}" + "".join(f", {name}" for name in besides)
     return (
-        f"Rank {facts.rank}{beside}: {number(facts.trained / 1e6, 1)}M numbers trained on {facts.tokens:,} "
+        f"Rank {facts.rank}{beside}: {facts.trained:,} numbers trained on {facts.tokens:,} "
         f"tokens in sequences of {facts.sequence_length:,}, {duration(facts.seconds)}"
     )
 
@@ -72,9 +74,9 @@ def adapter_rows(facts: AdapterFacts) -> list[tuple[str, str, str]]:
     rows = []
     for part in range(count):
         begin, end = part * steps // count, (part + 1) * steps // count
-        told = len(facts.answers)
-        answers = facts.answers[part * told // count : (part + 1) * told // count]
-        rows.append((f"{begin + 1:,} to {end:,}", _mean(facts.losses[begin:end]), _mean(answers)))
+        shown = f"{end:,}" if end == begin + 1 else f"{begin + 1:,} to {end:,}"
+        answers = [loss for loss in facts.answers[begin:end] if loss is not None]
+        rows.append((shown, _mean(facts.losses[begin:end]), _mean(answers)))
     return rows
 
 
@@ -82,8 +84,9 @@ def adapter_notes(facts: AdapterFacts) -> list[str]:
     """On what, how sequences were made, and where adapters are."""
     texts = ", ".join(facts.documents)
     notes = [
-        f"Trained on {facts.sequences:,} different sequences of {facts.read:,} documents of {texts}; "
-        f"{facts.joined:,} of them are joined from documents, or ends of documents, that do not fill one."
+        f"Trained on {facts.sequences:,} different sequences from {texts}, documents read: {facts.read:,}; "
+        f"{facts.joined:,} of the sequences are joined from documents, or ends of them, that do not fill "
+        "one."
     ]
     if facts.retrieval:
         notes.append(
@@ -99,5 +102,5 @@ def adapter_notes(facts: AdapterFacts) -> list[str]:
     return notes
 
 
-def _mean(values: tuple[float, ...]) -> str:
+def _mean(values: Sequence[float]) -> str:
     return number(sum(values) / len(values), 4) if values else "-"

@@ -147,12 +147,12 @@ def context_notes(facts: ContextFacts) -> list[str]:
 def _search_note(search: FactorSearch) -> str:
     text = (
         f"Factors were searched by {search.objective}: {search.tried:,} candidates on "
-        f"{len(search.documents)} documents of {sum(search.documents):,} tokens"
+        f"{len(search.documents)} documents, together {sum(search.documents):,} tokens"
     )
     if not search.held_out:
         return f"{text}."
     others, tokens = len(search.held_out), sum(search.held_out)
-    return f"{text}; the choice was compared with YaRN on {others} others of {tokens:,} tokens."
+    return f"{text}; the choice was compared with YaRN on {others} others, together {tokens:,} tokens."
 
 
 def _cost_note(facts: ContextFacts) -> str:

@@ -101,7 +101,7 @@ def adapt_stage(source: Source, spec: AdaptSpec, folder: Path, progress: Progres
     Returns:
         ``resumed``; ``adapt``: ``steps``, ``tokens``, ``sequence_length``, ``losses`` (of each step, nats a
         token), ``loss_before`` and ``loss_after`` (means of the first and of the last steps), ``answers``
-        (losses of hidden facts' answers, in each step that asked for some), ``rank``,
+        (losses of hidden facts' answers in each step, None in one that asks for none), ``rank``,
         ``trained_parameters``, ``layers`` (with an adapter), ``targets`` (their leaf names), ``direct``
         (norms and embeddings that are trained as they are), ``documents`` (read), ``sequences`` (different
         ones), ``joined`` (of these, put together from several documents), ``recomputed`` (whether blocks were
@@ -174,7 +174,7 @@ def adapt(
         "losses": [round(loss, 5) for loss in done.losses],
         "loss_before": sum(done.losses[:ends]) / ends,
         "loss_after": sum(done.losses[-ends:]) / ends,
-        "answers": [round(loss, 5) for loss in done.answers],
+        "answers": [None if loss is None else round(loss, 5) for loss in done.answers],
         "rank": spec.rank,
         "trained_parameters": sum(parameter.numel() for parameter in model.trained.values()),
         "layers": len(model.layers),
@@ -275,8 +275,7 @@ class _Trainer:
             optimizer.zero_grad(set_to_none=True)
             done.step += 1
             done.losses.append(loss)
-            if answers is not None:
-                done.answers.append(answers)
+            done.answers.append(answers)
             done.seconds = before + time.monotonic() - started
             recent = done.losses[-_ENDS:]
             self._progress.advance(1, note=f"loss {sum(recent) / len(recent):.4f}")

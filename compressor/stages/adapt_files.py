@@ -33,13 +33,13 @@ class Progressed:
     Attributes:
         step: steps done.
         losses: mean negative log-likelihood of each step's tokens, nats.
-        answers: the same of the answers to hidden facts, of each step that asks for some.
+        answers: the same of the answers to hidden facts; None for a step that asks for none.
         seconds: that they took.
     """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
-    answers: list[float] = field(default_factory=list)
+    answers: list[float | None] = field(default_factory=list)
     seconds: float = 0.0
 
 

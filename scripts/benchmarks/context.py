@@ -174,7 +174,7 @@ class _Bench:
         self.facts[name] = facts
         print(
             f"{name}: {facts['tokens']:,} tokens in {time.monotonic() - began:.0f} s, loss "
-            f"{facts['loss_before']:.3f} -> {facts['loss_after']:.3f}, answers {facts['answers'][-3:]}",
+            f"{facts['loss_before']:.3f} -> {facts['loss_after']:.3f}, answers {facts['answers'][-5:]}",
             flush=True,
         )
         return AdaptedSource(source, folder, name)

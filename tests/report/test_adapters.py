@@ -31,7 +31,7 @@ FACTS = AdapterFacts(
     tokens=9_830_400,
     retrieval=0.6,
     losses=tuple(4 - 0.01 * step for step in range(100)),
-    answers=tuple(6 - 0.1 * step for step in range(50)),
+    answers=tuple(None if step % 2 else 6 - 0.05 * step for step in range(100)),
     seconds=195.0,
     merged=True,
     served_rank=32,
@@ -47,7 +47,7 @@ def test_every_view_shows_it() -> None:
     print_report(report, report_console(stream, width=200))
     for view in (render_card(report, RECIPE), render_html(report), stream.getvalue()):
         assert "Training on long documents" in view
-        assert "32.0M numbers" in view
+        assert "32,000,000 numbers" in view
         assert "3.0700" in view  # the last eighth: steps 88 to 100
         assert "60%" in view
 
@@ -57,8 +57,8 @@ def test_curve() -> None:
     rows = adapter_rows(FACTS)
     assert len(rows) == 8
     assert rows[0] == ("1 to 12", "3.9450", "5.7500")
-    few = FACTS.model_copy(update={"losses": (3.0, 2.0), "answers": ()})
-    assert adapter_rows(few) == [("1 to 1", "3.0000", "-"), ("2 to 2", "2.0000", "-")]
+    few = FACTS.model_copy(update={"losses": (3.0, 2.0), "answers": (None, None)})
+    assert adapter_rows(few) == [("1", "3.0000", "-"), ("2", "2.0000", "-")]
 
 
 @pytest.mark.parametrize(

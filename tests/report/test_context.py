@@ -75,7 +75,7 @@ def test_every_view_says_it(width: int) -> None:
         assert "max_position_embeddings" in words
         assert "+2.5%" in words
         assert "3.0012" in words
-        assert "compared with YaRN on 4 others of 131,072 tokens" in words
+        assert "compared with YaRN on 4 others, together 131,072 tokens" in words
         assert "vllm serve out --max-model-len 32768" in words
     assert Report.from_json(report.to_json()) == report
 
