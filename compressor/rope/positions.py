@@ -24,6 +24,8 @@ _PART = dict.fromkeys(
     ("gpt_neox", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "stablelm"),
     0.25,
 )
+# Model types whose config calls the size of a head otherwise.
+_HEAD = {"jetmoe": "kv_channels", "zamba2": "attention_head_dim"}
 # Model types whose layers are told apart even where the config names one theta: the key of the local layers'
 # theta, and what both are where neither is there.
 _LAYERED = {
@@ -179,18 +181,23 @@ def _rotary_dim(text: Mapping[str, Any], model_type: str, parameters: dict[str, 
     """
     if "kv_lora_rank" in text and "qk_rope_head_dim" in text:
         return _even(_size(text, "qk_rope_head_dim"))
-    head = text.get("head_dim")
-    if head is None:
-        wide, heads = _size(text, "hidden_size"), _size(text, "num_attention_heads")
-        head = wide // heads
-    elif not is_int(head, 1, _WIDEST):
-        raise unfit(f"head_dim is {shown(head)}, not a number of dimensions")
+    key = _HEAD.get(model_type, "head_dim")
+    head = head_dim(text) if text.get(key) is None else _size(text, key)
     part = parameters.get("partial_rotary_factor", _first(text, _PARTS, _PART.get(model_type, 1.0)))
     if not is_number(part) or not 0 < part <= 1:
         raise unfit(f"partial_rotary_factor is {shown(part)}, not above 0 and at most 1")
     if part != 1:
         parameters["partial_rotary_factor"] = part
     return _even(int(head * part))
+
+
+def head_dim(text: Mapping[str, Any]) -> int:
+    """Dimensions of a head where the config does not say: an equal share of the hidden state.
+
+    Raises:
+        CheckpointError: sizes are missing or make no sense.
+    """
+    return _size(text, "hidden_size") // _size(text, "num_attention_heads")
 
 
 def _even(dims: int) -> int:

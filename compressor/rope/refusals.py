@@ -36,6 +36,8 @@ _NEIGHBOURS = frozenset(
 )
 # Their rotary positions take no scaling in transformers 5.17 or vLLM 0.32.
 _FIXED = frozenset({"gptj", "codegen", "chatglm", "esm", "roformer"})
+# transformers 5.17 refuses every other rope_type of these (modeling_ernie4_5_vl_moe.py).
+_DEFAULT_ONLY = frozenset({"ernie4_5_vl_moe", "ernie4_5_vl_moe_text"})
 _WITHOUT = frozenset({"bloom", "gpt2", "gpt_bigcode", "mamba", "mamba2", "mpt", "opt", "rwkv", "t5", "xglm"})
 
 
@@ -49,6 +51,8 @@ def family_refusal(positions: Positions) -> str:
     place = text.get("position_embedding_type")
     if isinstance(place, str) and not place.startswith("rope"):
         return f"position_embedding_type is {place!r}: no rotary positions"
+    if kind == "recurrent_gemma":
+        return "RecurrentGemma attends within a window alone: scaled frequencies would lengthen nothing"
     if kind.startswith("llama4"):
         return (
             "Llama 4 attends in chunks of 8192 tokens where it has rotary positions; its layers that reach "
@@ -67,6 +71,8 @@ def method_refusal(positions: Positions, method: Method, engines: Collection[Eng
             "vLLM does not serve dynamic scaling: its frequencies do not change with the text, and its table "
             "of positions ends at the original length"
         )
+    if kind in _DEFAULT_ONLY and method != "ntk":
+        return f"transformers takes no scaling but a raised theta for model_type {kind!r}"
     if kind in SWITCHING and method not in ("longrope", "ntk"):
         return f"transformers reads no scaling but longrope for model_type {kind!r}"
     if positions.latent and method not in ("yarn", "ntk"):

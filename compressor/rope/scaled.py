@@ -14,7 +14,7 @@ from compressor.errors import CheckpointError, UserError
 from compressor.rope import methods
 from compressor.rope.checked import check_positions
 from compressor.rope.lengths import MOST_FACTOR, original_length, settled_reach
-from compressor.rope.positions import SLIDING, Positions, is_number, read_positions, shown
+from compressor.rope.positions import SLIDING, Positions, head_dim, is_number, read_positions, shown
 from compressor.rope.refusals import ENGINES, SWITCHING, Engine, family_refusal, instead, method_refusal
 from compressor.rope.spec import ContextSpec, Method, ScaledConfig
 
@@ -47,6 +47,10 @@ _KNOBS = {
     "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "llama3": ("low_freq_factor", "high_freq_factor"),
 }
+# transformers 5.17 multiplies their head_dim of None (modeling_rope_utils.py, _compute_yarn_parameters).
+_NO_HEAD_DIM = frozenset(
+    {"hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "minimax", "ministral", "mixtral"}
+)
 _LEAST_DIVISOR = 1.0
 _MOST_MULTIPLIER = 100.0
 
@@ -57,8 +61,9 @@ def scaled_config(
     """The config of a model that reads ``spec.target_length`` tokens.
 
     Only ``rope_parameters``, ``max_position_embeddings`` (and ``original_max_position_embeddings`` where the
-    family has it beside them) change; the legacy ``rope_scaling``, ``rope_theta`` and their like are removed
-    since they would win, or say otherwise. Everything else is kept.
+    family has it beside them; and ``head_dim`` where transformers fails without) change; the legacy
+    ``rope_scaling``, ``rope_theta`` and their like are removed since they would win, or say otherwise.
+    Everything else is kept.
 
     The factor is ``target_length / L`` exactly unless ``spec.factor`` asks for more; one that is given is
     lowered to the next that makes ``L * factor`` a whole number of tokens.
@@ -149,6 +154,9 @@ def _rewritten(config: Mapping[str, Any], told: _Told) -> dict[str, Any]:
     if "original_max_position_embeddings" in text or positions.model_type in SWITCHING:
         # transformers takes this one before that of rope_parameters.
         text["original_max_position_embeddings"] = told.original
+    needed = told.spec.method in ("yarn", "longrope", "dynamic") and positions.model_type in _NO_HEAD_DIM
+    if needed and text.get("head_dim") is None:
+        text["head_dim"] = head_dim(text)
     return changed
 
 

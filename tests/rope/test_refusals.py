@@ -84,6 +84,8 @@ def test_specs(spec: ContextSpec, where: str, told: str) -> None:
         (LLAMA | {"model_type": "codegen"}, "are fixed"),
         (LLAMA | {"model_type": "llama4_text"}, "chunks of 8192"),
         ({"model_type": "llama4", "text_config": LLAMA | {"model_type": "llama4_text"}}, "chunks of 8192"),
+        (LLAMA | {"model_type": "recurrent_gemma"}, "within a window alone"),
+        (LLAMA | {"model_type": "ernie4_5_vl_moe_text"}, "no scaling but a raised theta"),
         (
             LLAMA | {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e6}},
             "ignores their factor",
