@@ -50,7 +50,8 @@ class ContextPlan:
         """Content key; ``source`` is the source's."""
         told = self.job.content
         if self.search is not None:
-            told |= {"device": self.search.device}
+            # A factor may reach further than the target, which documents are cut to by default.
+            told |= {"device": self.search.device, "tokens": self.search.tokens}
         return stage_key("context", CONTEXT_VERSION, told, [source])
 
     def described(self) -> tuple[str, ...]:

@@ -46,7 +46,8 @@ def context_facts(
         target_length=spec.target_length,
         length=scaled.length,
         fields=tuple(written_fields(plan.source.config, scaled.config)),
-        notes=scaled.notes,
+        # Recipes that come to the same config share the stage, but not what they asked for.
+        notes=plan.context.job.scaled.notes if search is None else scaled.notes,
         cost=_cost(evaluated),
         search=None if search is None else _search(search),
     )

@@ -38,12 +38,12 @@ def documents(tmp_path: Path) -> Path:
     return path
 
 
-def plan(folder: Path, source: Path, search: str, *, evaluate: str = "null") -> Plan:
+def plan(folder: Path, source: Path, search: str, *, evaluate: str = "null", target: str = "2048") -> Plan:
     """Of a recipe that searches factors for 2,048 tokens."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"model: {{source: {source}}}\nweights: {{scheme: nvfp4a16}}\nevaluate: {evaluate}\n"
-        f"context: {{method: longrope, target_length: 2048, search: {{{search}}}}}\n"
+        f"context: {{method: longrope, target_length: {target}, search: {{{search}}}}}\n"
     )
     return make_plan(load_recipe(str(recipe)), output=folder / "out")
 
@@ -124,6 +124,18 @@ def test_the_key_follows_the_file_and_the_search(tmp_path: Path, source: Path, d
     documents.write_text(documents.read_text().replace("or so", "or thus"))
     keys.append(key("documents: long.jsonl"))
     assert len(set(keys)) == 4
+
+
+def test_the_key_follows_the_length_of_the_documents(tmp_path: Path, source: Path, documents: Path) -> None:
+    """Which is the target's by default, however far the factor reaches."""
+    found = [
+        plan(tmp_path, source, "documents: long.jsonl", target=f"{target}, factor: 4").context
+        for target in (1800, 2048)
+    ]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[0].job.scaled.length == found[1].job.scaled.length
+    assert found[0].key("source") != found[1].key("source")
 
 
 def test_a_model_that_takes_no_longrope_is_refused(tmp_path: Path, documents: Path) -> None:
