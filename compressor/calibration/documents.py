@@ -13,7 +13,7 @@ from compressor import data
 from compressor.calibration.formats import is_json_lines
 from compressor.calibration.spec import DatasetSpec
 from compressor.errors import UserError
-from compressor.evals.text import CHARS_PER_TOKEN, read_text
+from compressor.evals.text import CHARS_PER_TOKEN, is_unicode, read_text
 
 Messages = list[dict[str, str]]
 Document = str | Messages
@@ -98,7 +98,7 @@ def _document(record: object, field: str | None, where: str) -> Row:
             return None
         value = [{"role": message["role"], "content": message["content"]} for message in value]
         texts = [message["content"] for message in value]
-    if not all(isinstance(text, str) and _is_unicode(text) for text in texts):
+    if not all(is_unicode(text) for text in texts):
         others = ", ".join(str(name) for name in record if name != field)[:200]
         raise UserError(
             f"the field {field!r} holds no text and no list of messages {{role, content}}",
@@ -115,15 +115,6 @@ def _is_message(message: object) -> bool:
     if "content" not in message:
         return "tool_calls" in message
     return message["content"] is None or isinstance(message["content"], str | list)
-
-
-def _is_unicode(text: str) -> bool:
-    r"""JSON's ``\ud800`` is half a character; no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _from_hub(dataset: DatasetSpec, tokens: int, seed: int) -> list[Row]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from compressor.data import text_chunks, text_suffix
 from compressor.errors import CheckpointError, UserError
@@ -190,9 +190,17 @@ def read_documents(path: Path) -> Iterator[tuple[str, str]]:
 def _document(line: str, path: Path, number: int) -> tuple[str, str]:
     try:
         document = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}", where=f"{path}:{number}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+    if not isinstance(document, dict) or not is_unicode(document.get("text")):
         raise UserError("no field `text` with a string", where=f"{path}:{number}")
     name = document.get("id")
-    return name if isinstance(name, str) and name else f"line {number}", document["text"]
+    return name if is_unicode(name) and name else f"line {number}", document["text"]
+
+
+def is_unicode(text: object) -> TypeGuard[str]:
+    r"""Whether it is a whole string: JSON's ``\ud800`` is half a character, which no tokenizer takes."""
+    try:
+        return isinstance(text, str) and text.encode() is not None
+    except UnicodeEncodeError:
+        return False

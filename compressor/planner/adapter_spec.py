@@ -109,7 +109,8 @@ def adapt_spec(
         seed=recipe.seed if section.seed is None else section.seed,
         merge=section.merge,
         retrieval=section.retrieval,
-        base=recipe.name,
+        # Merged adapters do not name it: another name is no other training.
+        base="" if section.merge else recipe.name,
         dtype="bfloat16" if planned_device() == "cuda" else "float32",
     )
 

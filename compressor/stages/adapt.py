@@ -270,6 +270,10 @@ class _Trainer:
                     where="adapters.learning_rate",
                     fix="lower it, or raise warmup_steps",
                 )
+            for parameter in trained.values():
+                if parameter.grad is None:
+                    # A layer that no token came through, such as an expert: its moments are saved, too.
+                    parameter.grad = torch.zeros_like(parameter)
             torch.nn.utils.clip_grad_norm_(trained.values(), _MOST_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -50,6 +50,19 @@ def run(folder: Path, source: Path, rest: str, weights: str = "{scheme: nvfp4a16
     return compressor.run(recipe(folder, source, rest, weights), output=folder / "out" / "result").output
 
 
+@pytest.mark.parametrize("rest", [ADAPTERS, BESIDE])
+def test_another_name_is_no_other_training(tmp_path: Path, source: Path, rest: str) -> None:
+    """Unless it is written into the adapter that is shipped."""
+    path = recipe(tmp_path, source, f"{CONTEXT}{rest}evaluate: null\n")
+    keys = set()
+    for name in ("one", "other"):
+        path.write_text(f"name: {name}\n" + "".join(path.read_text().partition("model:")[1:]))
+        plan = make_plan(load_recipe(str(path)), output=tmp_path / "out")
+        assert plan.adapters is not None
+        keys.add(plan.adapters.key(plan.scaled_source))
+    assert len(keys) == (1 if rest == ADAPTERS else 2)
+
+
 def test_adapters_are_in_the_weights(tmp_path: Path, source: Path) -> None:
     """Norms and embeddings that stay in 16 bit are others than the source's; the head stays tied."""
     output = run(tmp_path, source, f"{CONTEXT}{ADAPTERS}evaluate: {{tokens: 256, context: 64}}\n")

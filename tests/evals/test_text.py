@@ -170,6 +170,8 @@ def test_texts_become_tokens(tokenizer: object, tmp_path: Path) -> None:
         ("a.txt", b"short", r"a\.txt: the text has 5 tokens, fewer than the 100 asked for"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"a\.jsonl:2: no field `text` with a string"),
         ("a.jsonl", b'{"text": "a"}\n\n[1', r"a\.jsonl:3: not JSON"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", rb'{"text": "\ud800"}', r"a\.jsonl:1: no field `text` with a string"),
         ("a.jsonl", b"[1]", r"a\.jsonl:1: no field `text` with a string"),
     ],
 )

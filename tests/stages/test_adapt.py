@@ -148,6 +148,23 @@ def test_goes_on_bit_by_bit(model: Path, text: Path, tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+def test_what_no_token_reaches_is_left_as_it_is(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer without a gradient, such as an expert that nothing is sent to, is no fault."""
+    skipped = torch.nn.Parameter(torch.ones(3))
+    build = AdaptedModel.__init__
+
+    def init(self: AdaptedModel, *args: Any, **named: Any) -> None:
+        build(self, *args, **named)
+        self.direct["skipped"] = skipped
+
+    monkeypatch.setattr(AdaptedModel, "__init__", init)
+    facts = _adapted(FolderSource(model), _spec(text, steps=3), tmp_path)
+    assert len(facts["losses"]) == 3
+    assert torch.equal(skipped, torch.ones(3))
+
+
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3", "phi3", "gemma2", "granite", "gpt2"])
 def test_merged_computes_what_was_trained(name: str, text: Path, tmp_path: Path) -> None:
     """Logits of the model with adapters are those of the merged checkpoint; tied embeddings stay tied."""
