@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
     Raises:
         UserError: the output folder holds something else, the disk is full, the source is broken.
     """
+    _check_alone()
     for warning in plan.warnings:
         progress.warn(warning)
     recipe_yaml = dump_recipe(recipe_seen_from(plan.output, plan))
@@ -126,6 +128,14 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
                     plan.workspace.discard(stage.name, stage.key)
                 costs.append(_resume_or_execute(plan, stage, progress))
         return _export(plan, recipe_yaml, stages, costs, progress)
+
+
+def _check_alone() -> None:
+    """Refuses the several processes of ``torchrun`` or ``accelerate launch``: each would run all stages."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes.isdecimal() and processes not in ("0", "1"):
+        what = f"WORLD_SIZE is {processes}: several processes were started, and a recipe is run by one"
+        raise UserError(what, fix="start it by itself; docs/context.md says how GPUs share a training")
 
 
 @contextmanager

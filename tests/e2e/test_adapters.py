@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import compressor
 from compressor.checkpoint.folder import FolderSource
-from compressor.errors import PlanError
+from compressor.errors import PlanError, UserError
 from compressor.model.load import load_checkpoint_model
 from compressor.planner.plan import make_plan
 from compressor.progress import Silent
@@ -61,6 +61,13 @@ def test_another_name_is_no_other_training(tmp_path: Path, source: Path, rest: s
         assert plan.adapters is not None
         keys.add(plan.adapters.key(plan.scaled_source))
     assert len(keys) == (1 if rest == ADAPTERS else 2)
+
+
+def test_several_processes_are_refused(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would run every stage, and wait for the others in the training."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="several processes"):
+        run(tmp_path, source, f"{CONTEXT}{ADAPTERS}evaluate: null\n")
 
 
 def test_adapters_are_in_the_weights(tmp_path: Path, source: Path) -> None:
