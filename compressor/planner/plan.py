@@ -172,7 +172,9 @@ def make_plan(
     given = _open(loaded, space, faults, planning=planning, allow_code=allow_code)
     context = _context(loaded, given, faults)
     source = configured_source(context, given)
-    evaluation = collect(faults, lambda: evaluation_spec(loaded, full_context(source.config), given.config))
+    # Where the scaling is faulty, nobody knows yet how far the result reads.
+    longest = full_context(source.config) if context or recipe.context is None else None
+    evaluation = collect(faults, lambda: evaluation_spec(loaded, longest, given.config))
     family, dialect = family_for(source.config), DIALECTS[recipe.export.format]
     claims, warnings = settle_solvers(claimed(loaded, given, source, dialect, faults))
     faults += solving_faults(claims, source, dialect, polished=recipe.weights.polish is not None)

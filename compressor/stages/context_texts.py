@@ -59,11 +59,13 @@ def search_texts(
     length, begin = spec.tokens or target_length, leading_token(tokenizer)
     counts = (spec.search_documents, spec.accept_documents)
     least = original_length + LEAST_PAST
+    had: set[tuple[int, ...]] = set()
     if spec.held_out is None:
-        both = _draw(tokenizer, spec.documents, sum(counts), length, least, spec.seed, progress)
+        both = _draw(tokenizer, spec.documents, sum(counts), length, least, spec.seed, progress, had)
         return SearchTexts(both[: counts[0]], both[counts[0] :], begin)
-    first = _draw(tokenizer, spec.documents, counts[0], length, least, spec.seed, progress)
-    second = _draw(tokenizer, spec.held_out, counts[1], length, least, spec.seed, progress)
+    first = _draw(tokenizer, spec.documents, counts[0], length, least, spec.seed, progress, had)
+    had = {tuple(text_T.tolist()) for text_T in first}
+    second = _draw(tokenizer, spec.held_out, counts[1], length, least, spec.seed, progress, had)
     return SearchTexts(first, second, begin)
 
 
@@ -75,8 +77,11 @@ def _draw(
     least: int,
     seed: int,
     progress: Progress,
+    had: set[tuple[int, ...]],
 ) -> tuple[torch.Tensor, ...]:
-    """``count`` documents of ``length`` tokens, then the longest of the others."""
+    """``count`` documents of ``length`` tokens, then the longest of the others; none of ``had``, which they
+    are added to.
+    """
     import torch
 
     first = leading_token(tokenizer)
@@ -88,6 +93,9 @@ def _draw(
             continue
         head = text[: length * CHARS_PER_TOKEN]
         ids = [*ahead, *tokenizer.encode(head, add_special_tokens=False, verbose=False)][:length]
+        if tuple(ids) in had:
+            continue
+        had.add(tuple(ids))
         if len(ids) == length:
             full.append(torch.tensor(ids))
         elif len(ids) >= least:

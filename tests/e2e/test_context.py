@@ -235,6 +235,13 @@ def test_faults_of_the_plan(tmp_path: Path, source: Path) -> None:
     with pytest.raises(PlanError, match="vLLM") as raised:
         make_plan(load_recipe(str(faulty)))
     assert "a.yaml:3" in str(raised.value)
+    long = "evaluate: {tokens: 256, context: 64, long: {documents: no.txt, tokens: 1024}}\n"
+    faulty = write_recipe(
+        tmp_path / "c.yaml", source, "{scheme: int8}", YARN.replace("yarn", "dynamic") + long
+    )
+    with pytest.raises(PlanError) as raised:
+        make_plan(load_recipe(str(faulty)))
+    assert "more than the 512" not in str(raised.value)
     section = (
         "context: {method: linear, target_length: 1024, factor: 4}\nevaluate: {tokens: 2048, context: 1024}\n"
     )

@@ -26,6 +26,8 @@ from compressor.rope.search_spec import SearchSpec
 from compressor.rope.spec import ContextSpec
 from compressor.stages.context_scores import Score, ScoredText, Scorer
 from compressor.stages.context_search import RECORD_NAME, Found, bootstrap, search_factors, yarn_context
+from compressor.stages.context_texts import search_texts
+from compressor.stages.tokens import source_tokenizer
 from tests.tiny import tiny_model, tokens_of_bytes
 
 LENGTH = 64
@@ -294,6 +296,27 @@ def test_documents_that_are_too_short(tmp_path: Path, source: Source, spec: Sear
         search(source, replace(spec, documents=few), tmp_path / "few")
     # The file that decides may be another.
     search(source, replace(spec, documents=few, held_out=some, held_out_sha256="b"), tmp_path / "two")
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_no_document_is_searched_and_accepted_on(
+    tmp_path: Path, source: Source, spec: SearchSpec, apart: bool
+) -> None:
+    """Whether it is twice in one file, or in both."""
+    lines = spec.documents.read_text().splitlines()
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("\n".join([*lines, *lines]))
+    asked = replace(spec, held_out=twice) if apart else replace(spec, documents=twice)
+    (tmp_path / "work").mkdir()
+    found = search_texts(
+        source_tokenizer(source, tmp_path / "work"),
+        asked,
+        original_length=LENGTH,
+        target_length=4 * LENGTH,
+        progress=Silent(),
+    )
+    texts = {tuple(ids_T.tolist()) for ids_T in (*found.search, *found.accept)}
+    assert len(texts) == len(found.search) + len(found.accept) == 5
 
 
 def test_the_bootstrap_holds_the_mean() -> None:
