@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compressor.report.record import Count, Measure, Record
-from compressor.report.words import duration, number
+from compressor.report.words import counted, duration, number
 
 ADAPTER_HEADS = ("steps", "loss", "loss of hidden facts' answers")
 _ROWS = 8
@@ -29,7 +29,7 @@ class AdapterFacts(Record):
         tokens: trained on, in all.
         retrieval: share of the sequences in which facts were hidden.
         losses: mean negative log-likelihood of each step, nats a token.
-        answers: that of the answers to hidden facts; None for a step that had none.
+        answers: that of the answers to hidden facts in each step; None of a step that hid none.
         seconds: of training.
         merged: whether adapters are in the weights; else they lie in the folder ``adapter``.
         served_rank: vLLM's ``--max-lora-rank`` where they do.
@@ -59,11 +59,12 @@ class AdapterFacts(Record):
 
 def adapter_caption(facts: AdapterFacts) -> str:
     """One line: what was trained, on how much."""
-    besides = [name for name in ("norms", "embeddings") if getattr(facts, name)]
-    beside = f" beside {', '.join(facts.targets)}" + "".join(f", {name}" for name in besides)
+    direct = " and ".join(name for name in ("norms", "embeddings") if getattr(facts, name))
+    besides = f", and {direct}" if direct else ""
     return (
-        f"Rank {facts.rank}{beside}: {facts.trained:,} numbers trained on {facts.tokens:,} "
-        f"tokens in sequences of {facts.sequence_length:,}, {duration(facts.seconds)}"
+        f"Rank {facts.rank} beside {', '.join(facts.targets)}{besides}: {facts.trained:,} numbers "
+        f"trained on {facts.tokens:,} tokens in sequences of {facts.sequence_length:,}, "
+        f"{duration(facts.seconds)}"
     )
 
 
@@ -74,19 +75,21 @@ def adapter_rows(facts: AdapterFacts) -> list[tuple[str, str, str]]:
     rows = []
     for part in range(count):
         begin, end = part * steps // count, (part + 1) * steps // count
-        shown = f"{end:,}" if end == begin + 1 else f"{begin + 1:,} to {end:,}"
+        named = f"{end:,}" if begin + 1 == end else f"{begin + 1:,} to {end:,}"
         answers = [loss for loss in facts.answers[begin:end] if loss is not None]
-        rows.append((shown, _mean(facts.losses[begin:end]), _mean(answers)))
+        rows.append((named, _mean(facts.losses[begin:end]), _mean(answers)))
     return rows
 
 
 def adapter_notes(facts: AdapterFacts) -> list[str]:
     """On what, how sequences were made, and where adapters are."""
     texts = ", ".join(facts.documents)
+    joined = "."
+    if facts.joined:
+        joined = f"; documents, or ends of them, that do not fill a sequence are joined in {facts.joined:,}."
     notes = [
-        f"Trained on {facts.sequences:,} different sequences from {texts}, documents read: {facts.read:,}; "
-        f"{facts.joined:,} of the sequences are joined from documents, or ends of them, that do not fill "
-        "one."
+        f"Trained on {counted(facts.sequences, 'different sequence')} of {counted(facts.read, 'document')} "
+        f"of {texts}{joined}"
     ]
     if facts.retrieval:
         notes.append(

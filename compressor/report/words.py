@@ -35,6 +35,16 @@ def percent(fraction: float, *, signed: bool = False) -> str:
     return f"{100 * fraction:{'+' if signed else ''},.1f}%"
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 document``, ``2,000 documents``; of nouns whose plural has an s."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def millions(count: int) -> str:
+    """``6.5M``; below 100,000 all digits."""
+    return f"{count / 1e6:,.1f}M" if count >= 100_000 else f"{count:,}"
+
+
 def duration(seconds: float) -> str:
     """``12.3 s``, ``5 min 12 s``, ``2 h 05 min``."""
     if not math.isfinite(seconds) or seconds < 120:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compressor.report.adapters import AdapterFacts, adapter_notes, adapter_rows
+from compressor.report.adapters import AdapterFacts, adapter_caption, adapter_notes, adapter_rows
 from compressor.report.card import render_card
 from compressor.report.html import render_html
 from compressor.report.model import Report
@@ -31,6 +31,7 @@ FACTS = AdapterFacts(
     tokens=9_830_400,
     retrieval=0.6,
     losses=tuple(4 - 0.01 * step for step in range(100)),
+    # every other step asks for facts
     answers=tuple(None if step % 2 else 6 - 0.05 * step for step in range(100)),
     seconds=195.0,
     merged=True,
@@ -53,12 +54,21 @@ def test_every_view_shows_it() -> None:
 
 
 def test_curve() -> None:
-    """Means of equal stretches, of answers too; few steps have a row each."""
+    """Means of equal stretches, of answers in the same steps; few steps have a row each."""
     rows = adapter_rows(FACTS)
     assert len(rows) == 8
-    assert rows[0] == ("1 to 12", "3.9450", "5.7500")
-    few = FACTS.model_copy(update={"losses": (3.0, 2.0), "answers": (None, None)})
-    assert adapter_rows(few) == [("1", "3.0000", "-"), ("2", "2.0000", "-")]
+    assert rows[0] == ("1 to 12", "3.9450", "5.7500")  # answers of steps 1, 3, ... 11
+    few = FACTS.model_copy(update={"losses": (3.0, 2.0), "answers": (None, 5.0)})
+    assert adapter_rows(few) == [("1", "3.0000", "-"), ("2", "2.0000", "5.0000")]
+
+
+def test_one_of_a_thing() -> None:
+    """A single document is one document, and no joined sequence is not told of."""
+    one = FACTS.model_copy(update={"sequences": 1, "read": 1, "joined": 0, "retrieval": 0.0, "trained": 4096})
+    texts = "calibration/long/train.jsonl.xz"
+    assert adapter_notes(one)[0] == f"Trained on 1 different sequence of 1 document of {texts}."
+    assert "7." in adapter_notes(FACTS)[0]
+    assert "k_proj, q_proj, and norms: 4,096 numbers trained" in adapter_caption(one)
 
 
 @pytest.mark.parametrize(
