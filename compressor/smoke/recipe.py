@@ -21,7 +21,7 @@ from compressor.solvers.base import Solver
 from compressor.spec import TensorHeader
 
 SEQUENCES, SEQUENCE_TOKENS = 8, 64
-SEARCH_TOKENS = 64
+SEARCH_TOKENS = 256  # twice that holds a needle and its question, even where tokens are bytes
 EVAL_TOKENS, EVAL_CONTEXT, EVAL_ITEMS = 256, 64, 4
 LONG_TOKENS = 512
 STEPS = 4
