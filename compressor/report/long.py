@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, model_validator
 
 from compressor.report.record import Count, Measure, Record
-from compressor.report.words import number, percent
+from compressor.report.words import counted, number, percent
 
 LONG_HEADS = ("tokens before", "source", "sliding window", "result", "result - reference", "95%")
 FOUND_HEADS = ("hidden", "tokens", "source", "result", "result by depth")
@@ -153,13 +153,17 @@ def long_rows(text: LongText) -> list[tuple[str, ...]]:
 
 def long_caption(facts: LongFacts) -> str:
     """How it was measured."""
+    return " ".join(said for said in (_text_caption(facts), _found_caption(facts)) if said)
+
+
+def _text_caption(facts: LongFacts) -> str:
     text = facts.text
     if text is None:
         return ""
     count = len(text.documents)
     said = (
-        f"Mean negative log-likelihood, nats a token, of {count} document{'s' if count > 1 else ''} of "
-        f"{text.tokens:,} tokens each ({facts.documents_label}), in {text.dtype}."
+        f"Mean negative log-likelihood, nats a token (less is better), of {counted(count, 'document')} of "
+        f"{text.tokens:,} tokens{' each' if count > 1 else ''} ({facts.documents_label}), in {text.dtype}."
     )
     if text.window is not None and text.stride is not None:
         said += (
@@ -167,9 +171,19 @@ def long_caption(facts: LongFacts) -> str:
             f"by {text.stride:,}: each token past the first window sees {text.window - text.stride:,} to "
             f"{text.window - 1:,} tokens before it."
         )
+    said += f" The reference is {'the sliding window' if text.reference == _SLIDING else 'the source'}."
     if count > 1:
         said += " Intervals are of documents drawn again, in pairs."
     return said
+
+
+def _found_caption(facts: LongFacts) -> str:
+    if not any(facts.needles.values()):
+        return ""
+    return (
+        "Hidden numbers: found of asked for; one is found where greedy decoding begins with it. Depth 0 is "
+        "the beginning of the text."
+    )
 
 
 def found_rows(facts: LongFacts) -> list[tuple[str, ...]]:

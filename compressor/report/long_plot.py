@@ -49,9 +49,9 @@ def nll_svg(facts: LongFacts) -> str:
         axes.axvline(text.window, color="#6b7280", lw=0.8, ls=":")
         axes.annotate(
             f" trained: {kilo(text.window)}",
-            (text.window, 0),
+            (text.window, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(0, 4),
+            xytext=(0, -10),
             textcoords="offset points",
             color="#4b5563",
             fontsize=8,
@@ -100,7 +100,7 @@ def _tile(axes: Axes, column: int, row: int, found: int, trials: int, columns: i
         Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=1)
     )
     written = f"{found}/{trials}" if columns <= 5 else f"{found}"
-    white = not _DARK[0] < share < _DARK[1]
+    white = not _DARK[0] <= share <= _DARK[1]
     axes.text(
         column, row, written, ha="center", va="center", fontsize=8, color="white" if white else "#111827"
     )

@@ -204,8 +204,10 @@ class _Printer:
         found = list(cells)
         for index, head in enumerate(heads):
             is_number = index >= left
-            # A number is never cut, nor a word above it; names are, where the terminal is narrow.
-            words = [*head.split(), *(row[index] for row in found)] if is_number else []
+            # A number is never cut, nor a word above it; names are, where the terminal is narrow. Of a range
+            # each end has a line there.
+            numbers = [number for row in found for number in row[index].split(" to ")]
+            words = [*head.split(), *numbers] if is_number else []
             table.add_column(
                 head,
                 justify="right" if is_number else "left",

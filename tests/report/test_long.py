@@ -104,6 +104,9 @@ def test_rows_say_what_was_measured() -> None:
     )
     assert ruler_rows(facts) == [("ruler_vt", "32,768", "12.5%", "50.0%", "20")]
     assert "each token past the first window sees 7,168 to 8,191 tokens before it" in long_caption(facts)
+    assert "The reference is the sliding window." in long_caption(facts)
+    assert "Depth 0 is the beginning" in long_caption(facts)
+    assert "Depth" not in long_caption(long_facts(measured(needles={})))
     assert [kilo(tokens) for tokens in (0, 1000, 1024, 131072)] == ["0", "1,000", "1K", "128K"]
 
 
@@ -119,7 +122,8 @@ def test_within_the_trained_length_there_is_no_window() -> None:
     assert facts.text is not None
     assert long_rows(facts.text)[0] == ("0 to 1K", "3.000", "-", "3.020", "-0.001", "-")
     assert "Sliding" not in long_caption(facts)
-    assert "of 1 document of" in long_caption(facts)
+    assert "of 1 document of 32,768 tokens (" in long_caption(facts)
+    assert "The reference is the source." in long_caption(facts)
     assert "trained" not in nll_svg(facts)
 
 
@@ -222,8 +226,10 @@ def _text(facts: LongFacts) -> Any:
 
 @pytest.mark.parametrize("width", [60, 80])
 def test_narrow_terminals(width: int) -> None:
-    """No line is wider, but the command."""
+    """No line is wider, but the command; no number is cut."""
     out = StringIO()
     print_report(_report(), report_console(out, width))
     lines = out.getvalue().splitlines()
     assert all(len(line) <= width for line in lines if "vllm serve" not in line)
+    words = out.getvalue().split()
+    assert {"+0.020", "+0.010", "+0.030"} <= set(words)
