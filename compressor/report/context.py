@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.report.record import Count, Measure, Record
-from compressor.report.words import number, percent
+from compressor.report.words import counted, number, percent
 
 CONTEXT_HEADS = ("config.json", "before", "after")
 SEARCH_HEADS = ("search", "best from", "nats past the original length", "nats within")
@@ -147,12 +147,13 @@ def context_notes(facts: ContextFacts) -> list[str]:
 def _search_note(search: FactorSearch) -> str:
     text = (
         f"Factors were searched by {search.objective}: {search.tried:,} candidates on "
-        f"{len(search.documents)} documents, together {sum(search.documents):,} tokens"
+        f"{counted(len(search.documents), 'document')}, together {sum(search.documents):,} tokens"
     )
     if not search.held_out:
         return f"{text}."
     others, tokens = len(search.held_out), sum(search.held_out)
-    return f"{text}; the choice was compared with YaRN on {others} others, together {tokens:,} tokens."
+    named = counted(others, "other")
+    return f"{text}; the choice was compared with YaRN on {named}, together {tokens:,} tokens."
 
 
 def _cost_note(facts: ContextFacts) -> str:

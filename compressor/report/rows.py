@@ -54,12 +54,14 @@ class Segment:
 
 
 def headline(report: Report) -> str:
-    """One sentence: how much smaller, at what loss."""
+    """One sentence: how much smaller, how much further it reads, at what loss."""
     source, result = report.source.bytes, report.result.bytes
     smaller = f"{number(source / result, 2)}x smaller" if result else "no tensors"
     sizes = f"{smaller} ({size(source)} -> {size(result)})"
     if source == result and not report.result.schemes:
         sizes = f"weights in 16 bit ({size(result)})"
+    if report.context is not None:
+        sizes += f", reads {report.context.length:,} tokens instead of {report.context.original_length:,}"
     text = f"{sizes}, {_loss(report.quality)}"
     failed = sum(not gate.passed for gate in report.gates)
     return f"{text}; {failed} of {len(report.gates)} gates FAILED" if failed else text

@@ -309,7 +309,8 @@ def _copies_check(found: _Found) -> Check:
     same = found.copies - found.moved - found.changed - found.adapted_copies
     text = f"{same:,} tensors are the source's"
     if found.adapted_copies:
-        text += f"; {found.adapted_copies:,} were trained on long documents, which moved none by much"
+        verb = "was" if found.adapted_copies == 1 else "were"
+        text += f"; {found.adapted_copies:,} {verb} trained on long documents, which moved none by much"
     if found.moved:
         text += f"; {found.moved:,} norms and biases were moved by the polish, none by much"
     if found.changed:

@@ -71,6 +71,7 @@ def test_every_view_says_it(width: int) -> None:
     print_report(report, report_console(stream, width))
     for text in (stream.getvalue(), render_card(report, RECIPE), render_html(report)):
         words = " ".join(text.replace("\\", "").split())
+        assert ", reads 32,768 tokens instead of 8,192, perplexity" in words
         assert "Reads 32,768 tokens instead of 8,192: yarn, factor 4" in words
         assert "max_position_embeddings" in words
         assert "+2.5%" in words
