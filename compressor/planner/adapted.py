@@ -33,6 +33,7 @@ from compressor.planner.sizes import (
     vocabulary_size,
 )
 from compressor.recipe.load import LoadedRecipe
+from compressor.report.words import counted, millions, size
 from compressor.stages.adapt import AdaptSpec
 from compressor.stages.adapt_memory import CHUNK_LOGITS, attention_width, blocks_of, kept_bytes
 from compressor.stages.base import Claim
@@ -127,11 +128,10 @@ class AdaptPlan:
         again = ", blocks computed twice" if self.recomputes else ""
         return (
             f"rank {spec.rank} beside {', '.join(self.targets)} of {self.layers:,} matrices"
-            f"{', and ' + besides if besides else ''}: {self.trained / 1e6:,.1f}M numbers are trained",
-            f"{spec.steps:,} steps of {spec.sequences:,} x {spec.sequence_length:,} tokens "
-            f"({self.tokens / 1e6:,.1f}M) of {texts}",
-            f"about {self.held_bytes / 1e9:,.1f} GB and {_duration(self.time_s)} on the {device}{again} "
-            "(estimates)",
+            f"{', and ' + besides if besides else ''}: {millions(self.trained)} numbers are trained",
+            f"{counted(spec.steps, 'step')} of {spec.sequences:,} x {spec.sequence_length:,} tokens "
+            f"({millions(self.tokens)}) of {texts}",
+            f"about {size(self.held_bytes)} and {_duration(self.time_s)} on the {device}{again} (estimates)",
             "merged into the weights" if spec.merge else "written beside the weights, to folder adapter",
         )
 
@@ -172,9 +172,9 @@ def plan_adapters(
         names = sorted({leaf(module) for module in modules if not leaf(module).isdecimal()})
         faults.append(
             UserError(
-                f"no tensor is called {' or '.join(section.targets) or 'as a projection of attention is'}",
+                f"no matrix is called {' or '.join(section.targets) or 'as a projection of attention is'}",
                 where="adapters.targets",
-                fix=f"name some of: {', '.join(names[:12])}",
+                fix=f"name some of: {', '.join(names[:12])}" if names else "leave adapters out",
             )
         )
     faults += kept_faults(claims)

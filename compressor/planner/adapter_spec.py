@@ -12,11 +12,12 @@ from compressor.calibration.check import text_sha256
 from compressor.calibration.spec import DatasetSpec
 from compressor.errors import UserError
 from compressor.model.families.naming import leaf
-from compressor.planner.kv_bytes import full_context
+from compressor.planner.context import planned_reach
 from compressor.planner.kv_job import KvStage
 from compressor.planner.sizes import planned_device
 from compressor.recipe.adapters import AdaptersSection
 from compressor.recipe.load import LoadedRecipe
+from compressor.report.words import counted
 from compressor.stages.adapt import AdaptSpec
 from compressor.stages.base import Claim
 
@@ -68,7 +69,7 @@ def adapt_spec(
     faults: list[UserError],
 ) -> AdaptSpec | None:
     """What the stage is told; None after adding to ``faults`` why nothing can be."""
-    recipe, longest = loaded.recipe, full_context(config)
+    recipe, longest = loaded.recipe, planned_reach(loaded.recipe, config)
     length = section.sequence_length
     if length is None:
         length = recipe.context.target_length if recipe.context is not None else longest
@@ -90,8 +91,13 @@ def adapt_spec(
         what = f"{section.tokens:,} tokens are no whole step of {sequences * length:,}"
         faults.append(UserError(what, where="adapters.tokens", fix="raise it, or lower tokens_per_step"))
     elif section.warmup_steps >= steps:
-        what = f"{section.warmup_steps} steps of warm-up are all of the {steps:,} steps that tokens are"
-        faults.append(UserError(what, where="adapters.warmup_steps", fix="lower it, or raise tokens"))
+        what = (
+            f"a warm-up of {counted(section.warmup_steps, 'step')} leaves nothing of the training: "
+            f"adapters.tokens are {counted(steps, 'step')}"
+        )
+        faults.append(
+            UserError(what, where="adapters.warmup_steps", fix="set it lower, or raise adapters.tokens")
+        )
     return AdaptSpec(
         documents=documents,
         sequence_length=length,

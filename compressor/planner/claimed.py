@@ -66,8 +66,10 @@ def solving_faults(
 
 
 def placed(faults: list[UserError], loaded: LoadedRecipe) -> list[UserError]:
-    """The same faults, with file:line:column in the place of recipe keys."""
-    return [
-        UserError(fault.what, where=loaded.places.get(fault.where, fault.where), fix=fault.fix)
-        for fault in faults
-    ]
+    """The same faults, with file:line:column before recipe keys, which ``what`` does not repeat."""
+    return [UserError(fault.what, where=_place(fault.where, loaded), fix=fault.fix) for fault in faults]
+
+
+def _place(where: str, loaded: LoadedRecipe) -> str:
+    place = loaded.places.get(where)
+    return where if place is None else f"{place}: {where}"

@@ -12,8 +12,10 @@ from compressor.checkpoint.reconfigured import ReconfiguredSource
 from compressor.errors import UserError
 from compressor.evals.base import EvalSpec
 from compressor.planner.context_search import SearchPlan, plan_search
+from compressor.planner.kv_bytes import full_context
 from compressor.recipe.context import ContextSection
 from compressor.recipe.load import LoadedRecipe
+from compressor.recipe.model import Recipe
 from compressor.rope.positions import read_positions
 from compressor.rope.scaled import scaled_config
 from compressor.rope.search import SearchSpace
@@ -121,6 +123,19 @@ def plan_context(section: ContextSection, source: Source, loaded: LoadedRecipe) 
     return ContextPlan(
         ContextJob(spec, scaled, None if search is None else search.spec), original, search=search
     )
+
+
+def planned_reach(recipe: Recipe, config: dict[str, Any]) -> int | None:
+    """Tokens that the result reads; None where nobody says.
+
+    Where positions cannot be scaled, what was asked for: that fault is told once, not again of every length.
+
+    Args:
+        recipe: what is asked.
+        config: of the source, scaled where it can be.
+    """
+    longest, section = full_context(config), recipe.context
+    return longest if section is None or longest is None else max(longest, section.target_length)
 
 
 def configured_source(context: ContextPlan | None, source: Source) -> Source:

@@ -25,7 +25,7 @@ from compressor.planner.sizes import (
 )
 from compressor.recipe.context_search import SearchSection
 from compressor.recipe.load import LoadedRecipe
-from compressor.report.words import duration
+from compressor.report.words import counted, duration
 from compressor.rope.search import SearchSpace
 from compressor.rope.search_spec import STRETCHES, SearchSpec
 from compressor.rope.spec import ContextSpec
@@ -80,12 +80,13 @@ class SearchPlan:
     def described(self) -> tuple[str, ...]:
         """Lines for people."""
         spec = self.spec
+        documents = counted(spec.search_documents, "document")
+        others = counted(spec.accept_documents, "other document")
         return (
-            f"factors: searched by {spec.objective} on {spec.search_documents} documents of {self.tokens:,} "
-            f"tokens, {self.candidates} candidates in {spec.generations} generations, about "
+            f"factors: searched by {spec.objective} on {documents} of {self.tokens:,} tokens, "
+            f" {self.candidates} candidates in {counted(spec.generations, 'generation')}, about "
             f"{duration(self.time_s)} on this machine",
-            f"they are taken where they beat YaRN on {spec.accept_documents} other documents and cost short "
-            "ones no more; else YaRN is",
+            f"they are taken where they beat YaRN on {others} and cost short ones no more; else YaRN is",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def plan_search(
         except UserError as error:
             faults.append(error)
     if len(found) == 2 and found["documents"][1] == found["held_out"][1]:
-        what = "is the text that factors are searched on"
+        what = "the same text as context.search.documents, which factors are searched on"
         faults.append(UserError(what, where=f"{_WHERE}.held_out", fix="leave it out, or name another"))
     if tokens <= space.original_length:
         what = f"{tokens:,} tokens are not more than the original length, {space.original_length:,}"
@@ -217,7 +218,8 @@ def _short(path: Path, count: int, least: int, tokens: int, where: str) -> list[
             return []
     if enough < count:
         raise UserError(
-            f"{enough} documents of {path.name} can have {least:,} tokens; {count} are asked for",
+            f"{path.name} has {counted(enough, 'document')} that can have {least:,} tokens; {count} are "
+            "asked for",
             where=where,
             fix="name a file of longer documents, or lower search_documents and accept_documents",
         )

@@ -10,6 +10,7 @@ from compressor import data
 from compressor.budget.gates import check_gate_metric
 from compressor.errors import PlanError, UserError
 from compressor.evals.base import SHIPPED_TASKS, EvalSpec
+from compressor.planner.context import planned_reach
 from compressor.planner.evaluated_long import long_spec
 from compressor.planner.faults import collect
 from compressor.planner.places import check_text
@@ -17,10 +18,10 @@ from compressor.recipe.load import LoadedRecipe
 from compressor.workspace import file_sha256
 
 
-def evaluation_spec(loaded: LoadedRecipe, longest: int | None, config: dict[str, Any]) -> EvalSpec | None:
+def evaluation_spec(loaded: LoadedRecipe, config: dict[str, Any], given: dict[str, Any]) -> EvalSpec | None:
     """The recipe's ``evaluate`` section with its files found and its names checked.
 
-    ``longest`` is the result's context, in tokens, if it is known; ``config`` the source's as it was given.
+    ``config`` is the result's, whose positions are scaled; ``given`` the source's.
 
     Raises:
         PlanError: a missing text, an unknown task or metric; all of them together.
@@ -29,6 +30,7 @@ def evaluation_spec(loaded: LoadedRecipe, longest: int | None, config: dict[str,
     if section is None:
         return None
     faults: list[UserError] = []
+    longest = planned_reach(loaded.recipe, config)
     text = collect(faults, lambda: check_text(section.text, loaded.folder))
     if longest is not None and section.context > longest:
         what = f"windows of {section.context} tokens are longer than the model's context of {longest}"
@@ -57,7 +59,7 @@ def evaluation_spec(loaded: LoadedRecipe, longest: int | None, config: dict[str,
             faults,
             lambda: long_spec(
                 asked,
-                config,
+                given,
                 longest,
                 beside=loaded.folder,
                 target=context.target_length if context else None,

@@ -17,7 +17,7 @@ from compressor.planner.faults import collect
 from compressor.planner.kv_bytes import full_context
 from compressor.planner.sizes import FLOPS, Device, pass_flops, planned_device
 from compressor.recipe.evaluate_long import LongSection
-from compressor.report.words import duration
+from compressor.report.words import counted, duration
 from compressor.rope.positions import read_positions
 from compressor.stages.base import Claim
 
@@ -46,16 +46,19 @@ class LongCost:
         """Lines for people."""
         spec = self.spec
         lines = [
-            f"{spec.count} documents of {spec.tokens:,} tokens of {spec.documents_label}, by source, result "
-            f"and the source in a window of {spec.trained:,} tokens that slides by {spec.stride:,}"
+            f"{counted(spec.count, 'document')} of {spec.tokens:,} tokens of {spec.documents_label}, by "
+            f"source, result and the source in a window of {spec.trained:,} tokens that slides by "
+            f"{spec.stride:,}"
         ]
         if spec.needles:
             asked = spec.needles
-            texts = len(asked.lengths) * len(asked.depths) * asked.trials
-            lines.append(f"{texts} texts with a {' and with a '.join(asked.kinds)}, at {_all(asked.lengths)}")
+            texts = counted(len(asked.lengths) * len(asked.depths) * asked.trials, "text")
+            lines.append(f"{texts} with a {' and with a '.join(asked.kinds)}, at {_all(asked.lengths)}")
         if spec.ruler:
             tasks = ", ".join(spec.ruler.tasks)
-            lines.append(f"RULER: {spec.ruler.limit} samples of {tasks} at {_all(spec.ruler.lengths)}")
+            lines.append(
+                f"RULER: {counted(spec.ruler.limit, 'sample')} of {tasks} at {_all(spec.ruler.lengths)}"
+            )
         where = "on the GPU" if self.device == "cuda" else "on two cores, far less on a GPU"
         return (*lines, f"about {duration(self.time_s)} {where} (an estimate)")
 
@@ -195,8 +198,8 @@ def _documents(section: LongSection, beside: Path, tokens: int) -> Path:
     enough = sum(size >= tokens for size in sizes)
     if enough < section.count:
         raise UserError(
-            f"{enough} of {len(sizes)} documents of {section.documents} have the bytes of {tokens:,} tokens; "
-            f"{section.count} are asked for",
+            f"{section.documents} has {counted(enough, 'document')} with the bytes of {tokens:,} tokens (of "
+            f"{len(sizes):,} in all); {section.count} are asked for",
             where=where,
             fix="lower evaluate.long.count or evaluate.long.tokens, or name longer documents",
         )

@@ -28,13 +28,13 @@ from compressor.planner.context import (
     configured_source,
     context_key,
     plan_context,
+    planned_reach,
     settled_context,
 )
 from compressor.planner.evaluated import evaluation_spec
 from compressor.planner.evaluated_long import LongCost, long_cost, long_warnings
 from compressor.planner.faults import collect
 from compressor.planner.keys import own_stages
-from compressor.planner.kv_bytes import full_context
 from compressor.planner.kv_choice import KvOption
 from compressor.planner.kv_job import KvStage, kv_weights_source, plan_kv_stage
 from compressor.planner.kv_planned import KvPlanned, plan_kv, section_options
@@ -172,9 +172,7 @@ def make_plan(
     given = _open(loaded, space, faults, planning=planning, allow_code=allow_code)
     context = _context(loaded, given, faults)
     source = configured_source(context, given)
-    # Where the scaling is faulty, nobody knows yet how far the result reads.
-    longest = full_context(source.config) if context or recipe.context is None else None
-    evaluation = collect(faults, lambda: evaluation_spec(loaded, longest, given.config))
+    evaluation = collect(faults, lambda: evaluation_spec(loaded, source.config, given.config))
     family, dialect = family_for(source.config), DIALECTS[recipe.export.format]
     claims, warnings = settle_solvers(claimed(loaded, given, source, dialect, faults))
     faults += solving_faults(claims, source, dialect, polished=recipe.weights.polish is not None)
@@ -185,7 +183,7 @@ def make_plan(
     polish = None if walk is None else _polish(loaded, source, walk, claims, faults, warnings)
     kv_stage = _kv_stage(loaded, source, claims, kv, calibration, dialect, oneshot is not None, faults)
     adapters = settled_adapters(loaded, source, claims, evaluation, kv_stage, faults, warnings)
-    changed = adapters is not None or (kv_stage is not None and kv_stage.job.folds)
+    changed = (adapters is not None and adapters.spec.merge) or (kv_stage is not None and kv_stage.job.folds)
     context = settled_context(context, claims, source.config, evaluation, warnings, changed=changed)
     shards = tuple(pack_shards(group_units(claims), recipe.export.max_shard_bytes))
     parts = Parts(evaluation, adapters, walk, oneshot, polish, kv_stage, context)
@@ -264,7 +262,7 @@ def _calibration(
     needed = _walks(loaded, claims) or (kv is not None and kv.needs_data)
     if not needed and loaded.recipe.calibration is None:
         return None
-    longest = full_context(source.config)
+    longest = planned_reach(loaded.recipe, source.config)
     spec = collect(faults, lambda: calibration_spec(loaded.recipe, loaded.folder, longest))
     if spec is None:
         return None

@@ -107,4 +107,6 @@ def instead(positions: Positions, engines: Collection[Engine]) -> str:
     """Methods that would do: the mend of a refusal."""
     methods: tuple[Method, ...] = ("yarn", "longrope", "ntk", "linear", "llama3")
     found = [method for method in methods if not method_refusal(positions, method, engines)]
-    return f"take {' or '.join(found)}" if found else ""
+    if len(found) < 2:
+        return f"take {found[0]}" if found else ""
+    return f"take {', '.join(found[:-1])} or {found[-1]}"

@@ -196,7 +196,7 @@ def _longrope(told: _Told) -> dict[str, Any]:
     if len(given) != wanted:
         hint = ": engines would use a single one for every frequency" if len(given) == 1 else ""
         raise UserError(
-            f"has {len(given)} factors, the model {wanted} frequencies{hint}",
+            f"has {len(given)} factor{'s' if len(given) > 1 else ''}, the model {wanted} frequencies{hint}",
             where=where,
             fix=f"give {wanted}, one for each pair of the {told.positions.rotary_dim} turned dimensions",
         )

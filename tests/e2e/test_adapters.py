@@ -146,8 +146,8 @@ def test_calibrated_on_what_was_trained(tmp_path: Path, source: Path) -> None:
         (ADAPTERS.replace("long.txt", "missing.txt"), "missing.txt"),
         (ADAPTERS.replace("step: 128", "step: 64"), "holds no whole sequence of 128"),
         (ADAPTERS.replace("tokens: 512", "tokens: 100"), "no whole step of 128"),
-        (ADAPTERS.replace("steps: 1", "steps: 4"), "steps of warm-up are all"),
-        (ADAPTERS.replace("rank: 4", "rank: 4, targets: [w_q]"), "no tensor is called w_q"),
+        (ADAPTERS.replace("steps: 1", "steps: 4"), "a warm-up of 4 steps leaves nothing"),
+        (ADAPTERS.replace("rank: 4", "rank: 4, targets: [w_q]"), "no matrix is called w_q"),
         (f"{ADAPTERS}evaluate: {{text: long.txt, tokens: 256, context: 64}}\n", "is an evaluation text"),
     ],
 )

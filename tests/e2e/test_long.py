@@ -103,7 +103,7 @@ def test_a_recipe_measures_long_context(tmp_path: Path, source: Path) -> None:
     ("change", "where", "what"),
     [
         ("evaluate.long.tokens=1025", "evaluate.long.tokens", "more than the 1,024 that the result reads"),
-        ("evaluate.long.count=4", "evaluate.long.documents", "3 of 3 documents of long.jsonl have the bytes"),
+        ("evaluate.long.count=4", "evaluate.long.documents", "long.jsonl has 3 documents with the bytes"),
         ("evaluate.long.stride=512", "evaluate.long.stride", "cannot slide"),
         ("evaluate.long.documents=no.jsonl", "evaluate.long.documents", "no such file"),
         (

@@ -88,11 +88,14 @@ def _without_search(folder: Path, source: Path) -> Path:
         ("documents: none.jsonl", "no such file of long documents: none.jsonl"),
         (
             "documents: long.jsonl, accept_documents: 7",
-            "8 documents of long.jsonl can have 576 tokens; 9 are asked",
+            "long.jsonl has 8 documents that can have 576 tokens; 9 are asked",
         ),
-        ("documents: short.jsonl", "0 documents of short.jsonl can have 576 tokens; 6 are asked"),
+        ("documents: short.jsonl", "short.jsonl has 0 documents that can have 576 tokens; 6 are asked"),
         ("documents: broken.jsonl", "broken.jsonl:1: not JSON"),
-        ("documents: long.jsonl, held_out: long.jsonl", "is the text that factors are searched on"),
+        (
+            "documents: long.jsonl, held_out: long.jsonl",
+            "held_out: the same text as context.search.documents",
+        ),
         ("documents: long.jsonl, tokens: 512", "512 tokens are not more than the original length, 512"),
         ("documents: measured.txt", "is what evaluate.text reads"),
         ("documents: long.jsonl, held_out: measured.txt", "is what evaluate.text reads"),
