@@ -84,10 +84,12 @@ def evaluate_long(
         for name, model in ((SOURCE, source_model), (RESULT, result_model))
     }
     documents = _documents(tokenizer, spec)
-    kept = Kept(folder)
+    named = str(dtype).removeprefix("torch.")
+    # Another kind of device computes other numbers: a table holds those of one.
+    kept = Kept(folder / f"{device.type}-{named}")
     try:
         return LongResult(
-            text=_text(models, documents, spec, kept, progress, str(dtype).removeprefix("torch.")),
+            text=_text(models, documents, spec, kept, progress, named),
             needles=_needles(models, tokenizer, documents, spec, kept, progress),
             ruler=_ruler(models, tokenizer, spec, kept, progress),
             documents_label=spec.documents_label,

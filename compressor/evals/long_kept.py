@@ -21,9 +21,12 @@ _NLL = "nll"
 
 @dataclass(frozen=True)
 class Kept:
-    """Files in ``folder``, each published by one rename; the folder belongs to one model pair and spec."""
+    """Files in ``folder``, each published by one rename; it belongs to one model pair, spec and device."""
 
     folder: Path
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def row(self, name: str, number: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Negative log-likelihoods [P] of document ``number``."""

@@ -199,6 +199,30 @@ def test_a_device_that_is_too_small_is_no_fault_of_ours(
     assert caught.value.where == "evaluate.long"
 
 
+def test_what_another_device_measured_is_measured_again(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    spec: LongSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A table is of one device and dtype, which it names."""
+    spec = replace(spec, needles=None, ruler=None)
+    whole = evaluate_long(*models, tokenizer, spec, Silent())
+    with monkeypatch.context() as patch:
+        patch.setattr(long, "fast_dtype", lambda _: torch.bfloat16)
+        with pytest.raises(Killed):
+            evaluate_long(*models, tokenizer, spec, Dying(2), tmp_path)
+    assert list(tmp_path.rglob("long-*"))
+    for model in models:
+        model.float()
+    found = evaluate_long(*models, tokenizer, spec, Silent(), tmp_path)
+    assert found.text is not None
+    assert whole.text is not None
+    assert found.text.dtype == whole.text.dtype == "float32"
+    assert len(list(tmp_path.rglob("cpu-float32/long-*"))) == 3 * spec.count
+
+
 def test_within_the_trained_length_nothing_slides(
     models: tuple[PreTrainedModel, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, spec: LongSpec
 ) -> None:
