@@ -234,16 +234,6 @@ def test_faults_of_the_plan(tmp_path: Path, source: Path) -> None:
     faulty = write_recipe(tmp_path / "a.yaml", source, "{scheme: int8}", YARN.replace("yarn", "dynamic"))
     with pytest.raises(PlanError, match="vLLM") as raised:
         make_plan(load_recipe(str(faulty)))
-<<<<<<< HEAD
-    assert "a.yaml:3" in str(raised.value)
-    long = "evaluate: {tokens: 256, context: 64, long: {documents: no.txt, tokens: 1024}}\n"
-    faulty = write_recipe(
-        tmp_path / "c.yaml", source, "{scheme: int8}", YARN.replace("yarn", "dynamic") + long
-    )
-    with pytest.raises(PlanError) as raised:
-        make_plan(load_recipe(str(faulty)))
-    assert "more than the 512" not in str(raised.value)
-=======
     assert "a.yaml:3:11: context.method: " in str(raised.value)
     # What is too long for the source alone is no second fault: it is not what is wrong.
     longer = f"{YARN.replace('yarn', 'dynamic')}evaluate: {{tokens: 2048, context: 1024}}\n"
@@ -251,7 +241,13 @@ def test_faults_of_the_plan(tmp_path: Path, source: Path) -> None:
     with pytest.raises(PlanError) as raised:
         make_plan(load_recipe(str(faulty)))
     assert len(raised.value.faults) == 1
->>>>>>> 6fb3f1e (plan: faults name their key, and positions that cannot be scaled are told once)
+    long = "evaluate: {tokens: 256, context: 64, long: {documents: no.txt, tokens: 1024}}\n"
+    faulty = write_recipe(
+        tmp_path / "d.yaml", source, "{scheme: int8}", YARN.replace("yarn", "dynamic") + long
+    )
+    with pytest.raises(PlanError) as raised:
+        make_plan(load_recipe(str(faulty)))
+    assert "more than the 512" not in str(raised.value)
     section = (
         "context: {method: linear, target_length: 1024, factor: 4}\nevaluate: {tokens: 2048, context: 1024}\n"
     )
