@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Keys of a recipe -> how the command line spells them.
 LONG_OPTIONS = {
     "evaluate.long.documents": "--long",
+    "evaluate.long.count": "--long-documents",
     "evaluate.long.tokens": "--long-tokens",
     "evaluate.long.stride": "--long-stride",
     "evaluate.long.needles.lengths": "--long-needles",
@@ -144,7 +145,10 @@ def _long(
 
 def _of_option(fault: UserError) -> UserError:
     """``evaluate.long.needles.lengths`` of a recipe is an option's on the command line."""
-    return UserError(fault.what, where=LONG_OPTIONS.get(fault.where, fault.where), fix=fault.fix)
+    fix = fault.fix
+    for key, option in LONG_OPTIONS.items():
+        fix = fix.replace(key, option)
+    return UserError(fault.what, where=LONG_OPTIONS.get(fault.where, fault.where), fix=fix)
 
 
 def _kind(checkpoint: Path) -> object:

@@ -84,7 +84,7 @@ class SearchPlan:
         others = counted(spec.accept_documents, "other document")
         return (
             f"factors: searched by {spec.objective} on {documents} of {self.tokens:,} tokens, "
-            f" {self.candidates} candidates in {counted(spec.generations, 'generation')}, about "
+            f"{self.candidates} candidates in {counted(spec.generations, 'generation')}, about "
             f"{duration(self.time_s)} on this machine",
             f"they are taken where they beat YaRN on {others} and cost short ones no more; else YaRN is",
         )

@@ -53,7 +53,8 @@ class LongCost:
         if spec.needles:
             asked = spec.needles
             texts = counted(len(asked.lengths) * len(asked.depths) * asked.trials, "text")
-            lines.append(f"{texts} with a {' and with a '.join(asked.kinds)}, at {_all(asked.lengths)}")
+            kinds = " and as many with a ".join(asked.kinds)
+            lines.append(f"{texts} with a {kinds}, at {_all(asked.lengths)}")
         if spec.ruler:
             tasks = ", ".join(spec.ruler.tasks)
             lines.append(

@@ -146,7 +146,7 @@ def test_the_plan_says_how_long_it_takes(
     described = " ".join(plan.long.described())
     assert "2 documents of 700 tokens of long.jsonl" in described
     assert "in a window of 512 tokens that slides by 128" in described
-    assert "4 texts with a passkey and with a needle, at 300, 600 tokens" in described
+    assert "4 texts with a passkey and as many with a needle, at 300, 600 tokens" in described
     longer = compressor.plan(tmp_path / "recipe.yaml", overrides=["evaluate.long.count=3"])
     assert longer.long is not None
     assert longer.long.time_s > plan.long.time_s > 0
@@ -192,6 +192,7 @@ def test_the_command(tmp_path: Path, source: Path) -> None:
     for options, message in (
         (("--long-tokens", "64"), "--long-tokens say how --long measures"),
         ((*asked, "--long-trials", "3"), "--long-trials goes with --long-needles"),
+        ((*asked, "--long-documents", "9"), "lower --long-documents or --long-tokens"),
         ((*asked, "--long-needles", "a"), "--long-needles 'a' is no list of numbers"),
         ((*asked, "--long-needles", "5000"), "--long-needles: 5,000 tokens are more than the 1,024"),
         ((*asked, "--long-ruler", "ruler_qa_squad"), "--long-ruler: ruler_qa_squad needs the network"),
