@@ -279,9 +279,9 @@ def _verdict(held_out: dict[str, Any], accepted: bool, original_length: int) -> 
     count = len(held_out["tokens"])
     spread = held_out["difference_ci95"]
     within = "" if spread is None else f" (95%: {spread[0]:+.4f} to {spread[1]:+.4f})"
+    documents = f"{count} held-out document{'s' if count > 1 else ''}"
     compared = (
-        f"on {count} held-out documents the factors found are at {held_out['difference']:+.4f} nats a token "
-        f"from YaRN past {original_length:,} tokens{within}, and at {held_out['short_difference']:+.4f} "
-        "within them"
+        f"on {documents} the factors found are at {held_out['difference']:+.4f} nats a token from YaRN past "
+        f"{original_length:,} tokens{within}, and at {held_out['short_difference']:+.4f} within them"
     )
-    return compared if accepted else f"YaRN is used: {compared}"
+    return f"{'the factors found are' if accepted else 'YaRN is'} used: {compared}"

@@ -236,6 +236,7 @@ def test_it_is_accepted_where_it_beats_yarn_elsewhere(
     assert compared["short_difference"] == pytest.approx(short - 2.0)
     assert f"{long - 3.0:+.4f} nats" in found.reason
     if accepted:
+        assert found.reason.startswith("the factors found are used")
         assert found.context.factors == tuple(found.facts["best"]["factors"])
         assert scaled_config(source.config, found.context).length == 4 * LENGTH
     else:
