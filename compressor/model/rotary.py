@@ -26,7 +26,8 @@ def positions_of(model: PreTrainedModel, config: Mapping[str, Any], label: str) 
         label: of the source, for faults.
 
     Raises:
-        CheckpointError: no such module is found, or transformers takes no such config.
+        CheckpointError: no such module is found, or transformers takes no such config; or the model has
+            latent attention, whose softmax YaRN scales too.
     """
     from transformers import AutoConfig
 
@@ -42,6 +43,12 @@ def positions_of(model: PreTrainedModel, config: Mapping[str, Any], label: str) 
         made = [type(old)(config=text).to(model.device) for _, _, old in found]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"transformers cannot make these positions: {error}", where=label) from error
+    kind = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
+    if kind == "yarn" and getattr(text, "qk_rope_head_dim", None):
+        raise CheckpointError(
+            "YaRN scales latent attention outside its rotary modules, too: load it with that config",
+            where=label,
+        )
     try:
         for (parent, name, _), new in zip(found, made, strict=True):
             setattr(parent, name, new)

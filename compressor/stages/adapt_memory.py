@@ -45,7 +45,7 @@ def kept_bytes(config: dict[str, Any], length: int, width: int, *, recomputed: b
 def attention_width(config: dict[str, Any]) -> int:
     """Query heads times elements of a head."""
     hidden, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
-    return heads * _number(config, "head_dim", hidden // heads)
+    return heads * _number(config, "head_dim", max(1, hidden // heads))
 
 
 def blocks_of(config: dict[str, Any]) -> int:

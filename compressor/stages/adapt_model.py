@@ -179,6 +179,7 @@ class AdaptedModel:
             for path, module in self.whole.model.named_modules()
             if isinstance(module, nn.Linear | Conv1D)
             and any(path.startswith(f"{block}.") for block in self.whole.blocks)
+            and (type(module) in (nn.Linear, Conv1D) or _is_product(module))
         ]
         found = attention_targets(linear, chosen)
         if not found:
@@ -252,6 +253,19 @@ class AdaptedModel:
                 part[_ADAPTER].weight.data = part[_ADAPTER].weight.data.to(self._device, torch.float32)
             layers[path] = layer
         return layers
+
+
+@torch.no_grad()
+def _is_product(module: Any) -> bool:
+    """Whether a subclass of ``Linear`` computes what one does: DeepSeek-V4's takes its inputs in groups."""
+    weight_OI = module.weight
+    x_1I = torch.linspace(-1, 1, weight_OI.shape[1], device=weight_OI.device, dtype=weight_OI.dtype)[None]
+    wanted_1O = nn.functional.linear(x_1I, weight_OI, module.bias)
+    try:
+        found_1O = module(x_1I)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return found_1O.shape == wanted_1O.shape and torch.allclose(found_1O, wanted_1O, rtol=0.02, atol=1e-3)
 
 
 def _norm_weights(module: nn.Module) -> list[nn.Parameter]:

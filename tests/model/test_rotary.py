@@ -28,6 +28,7 @@ from compressor.model.rotary import positions_of, rotary_modules
 from compressor.rope.positions import read_positions
 from compressor.rope.scaled import scaled_config
 from compressor.rope.spec import ContextSpec, Method
+from tests.model.zoo import FAMILIES as ZOO
 from tests.tiny import tiny_model, tokens_of_bytes
 
 LENGTH = 64
@@ -107,4 +108,15 @@ def test_a_model_without_rotary_modules_is_refused() -> None:
         pytest.raises(CheckpointError, match="no rotary module"),
         positions_of(model, model.config.to_dict(), "gpt2"),
     ):
+        pass
+
+
+def test_latent_attention_is_scaled_elsewhere_too(tmp_path: Path) -> None:
+    """DeepSeek's softmax: exchanged modules alone would be another model."""
+    source = open_source(str(ZOO["deepseek_v3"](tmp_path / "model")))
+    model = load_source_model(source, torch.float32)
+    yarn = scaled_config(source.config, ContextSpec("yarn", 1024)).config
+    with pytest.raises(CheckpointError, match="latent attention"), positions_of(model, yarn, "it"):
+        pass
+    with positions_of(model, scaled_config(source.config, ContextSpec("ntk", 1024)).config, "it"):
         pass

@@ -22,6 +22,7 @@ from compressor.progress import Silent
 from compressor.stages import adapt_loss
 from compressor.stages.adapt import AdaptSpec, adapt_stage, rate_share
 from compressor.stages.adapt_loss import SequenceLoss
+from compressor.stages.adapt_memory import attention_width
 from compressor.stages.adapt_model import AdaptedModel
 from compressor.workspace import file_sha256
 from tests.checkpoint.tiny_gguf import tiny_gguf
@@ -146,6 +147,19 @@ def test_goes_on_bit_by_bit(model: Path, text: Path, tmp_path: Path) -> None:
     assert again["adapt"]["losses"] == whole["losses"]
     files = [(tmp_path / name / ADAPTED_NAME).read_bytes() for name in ("whole", "killed")]
     assert files[0] == files[1]
+
+
+def test_layers_that_are_no_product_get_none(text: Path, tmp_path: Path) -> None:
+    """DeepSeek-V4's ``o_a_proj`` is a Linear by its class alone: it takes its inputs in groups."""
+    source = FolderSource(FAMILIES["deepseek_v4"](tmp_path / "model"))
+    facts = _adapted(source, _spec(text, steps=2), tmp_path / "work")
+    assert "q_b_proj" in facts["targets"]
+    assert "o_a_proj" not in facts["targets"]
+
+
+def test_heads_that_are_more_than_the_hidden_state() -> None:
+    """Of a config that makes no sense, or spells it otherwise (BLOOM): an estimate, no traceback."""
+    assert attention_width({"hidden_size": 32, "num_attention_heads": 64}) == 64
 
 
 def test_what_no_token_reaches_is_left_as_it_is(
