@@ -153,8 +153,8 @@ def test_bound_that_cannot_be_kept(hub: FakeHub, tmp_path: Path) -> None:
     status, _, error = place.compress("plan")
     assert status == 2
     told = re.search(
-        r"yaml:1:13: the run needs ([\d.]+) MB of disk, more than 3.0 MB, though of the source only what is "
-        r"being read lies there -> set it to (\d+)MB or more",
+        r"yaml:1:13: workspace.max_bytes: the run needs ([\d.]+) MB of disk, more than 3.0 MB, though of the "
+        r"source only what is being read lies there -> set it to (\d+)MB or more",
         " ".join(error.split()),
     )
     assert told, error
