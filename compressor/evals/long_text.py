@@ -77,7 +77,13 @@ class Sliding:
 
 
 def long_documents(
-    tokenizer: PreTrainedTokenizerBase, path: Path, *, documents: int, tokens: int, first: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    documents: int,
+    tokens: int,
+    first: int | None,
+    least: int | None = None,
 ) -> Documents:
     """The first ``documents`` documents of a file that have ``tokens`` tokens, cut there.
 
@@ -87,6 +93,7 @@ def long_documents(
         documents: how many.
         tokens: of each, ``first`` included.
         first: a token put before every document (``<bos>``), or None.
+        least: fewer documents are enough down to this number; by default none are.
 
     Raises:
         UserError: unreadable, or fewer so long documents.
@@ -105,7 +112,7 @@ def long_documents(
         if len(ids) == tokens:
             rows.append(torch.tensor(ids))
             names.append(name)
-    if len(rows) < documents:
+    if len(rows) < (documents if least is None else least):
         raise UserError(
             f"{len(rows)} of {read} documents have {tokens:,} tokens, {documents} are asked for; the longest "
             f"has {longest:,}" + (" or more" if longest == tokens else ""),

@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor.errors import UserError
 from compressor.evals import long_needle
 from compressor.evals.kv_needle import Needle
 from compressor.evals.long_needle import KINDS, Kind, find, hide
 from compressor.progress import Silent
-from tests.tiny import BOS_ID, tiny_llama
+from tests.tiny import BOS_ID
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TEXT = "Real text goes on and on. "
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a byte tokenizer."""
-    return tiny_llama(tmp_path_factory.mktemp("llama"), dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> PreTrainedModel:
-    """In float32."""
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return loaded.eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Of bytes."""
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    return loaded
 
 
 def _hide(tokenizer: PreTrainedTokenizerBase, kind: Kind, **changed: Any) -> list[Needle]:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from compressor.errors import CheckpointError, UserError
 from compressor.evals import long_text
 from compressor.evals.long_record import bucket_edges, by_position, paired_difference
 from compressor.evals.long_text import Documents, Sliding, long_documents, measure
 from compressor.progress import Silent
-from tests.tiny import BOS_ID, tiny_llama
+from tests.tiny import BOS_ID
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,26 +24,6 @@ if TYPE_CHECKING:
 # Rounding of float32 sums in another order.
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 2e-5}
 TOKENS = 53
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a byte tokenizer."""
-    return tiny_llama(tmp_path_factory.mktemp("llama"), dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> PreTrainedModel:
-    """In float32."""
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return loaded.eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Of bytes."""
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    return loaded
 
 
 def _documents(first: int | None, count: int = 3) -> Documents:

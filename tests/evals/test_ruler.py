@@ -13,14 +13,13 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from compressor.errors import UserError
 from compressor.evals import tasks
 from compressor.evals.long_spec import NETWORKED_RULER_TASKS, RULER_TASKS, check_ruler
 from compressor.evals.tasks import ruler_samples, run_ruler
 from compressor.progress import Silent
-from tests.tiny import tiny_llama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,26 +42,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a byte tokenizer."""
-    return tiny_llama(tmp_path_factory.mktemp("llama"), dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> PreTrainedModel:
-    """In float32."""
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return loaded.eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Of bytes."""
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    return loaded
 
 
 @pytest.fixture(scope="module")
