@@ -142,6 +142,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         if options.peers is None:
             options.peers = list(PEERS) if options.benchmark == "calibrated" else ["llmcompressor"]
         options.ours = options.ours or OURS[options.benchmark]
+    if len(options.adapter_lengths or [0]) != len(options.adapter_steps or [0]):
+        parser.error("--adapter-steps and --adapter-lengths are as many")
     if options.benchmark == "off-grid" and not options.train:
         parser.error("off-grid needs --train FILE")
     if options.tokens is None:
@@ -161,12 +163,16 @@ def _context_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--trials", type=_count, default=4, help="hidden numbers of a length and depth")
     group.add_argument("--objective", choices=["perplexity", "needle"], default="perplexity")
     group.add_argument("--population", type=_count, default=16, help="of the search")
-    group.add_argument("--generations", type=int, default=8, help="of the search; 0 for none")
+    group.add_argument("--generations", type=_count, default=8, help="of the search")
+    group.add_argument("--no-search", action="store_true", help="train under YaRN instead")
     group.add_argument("--search-documents", type=_count, default=2)
     group.add_argument("--accept-documents", type=_count, default=4)
-    group.add_argument("--methods", nargs="*", default=["linear", "ntk", "yarn"], help="scalings")
-    group.add_argument("--kinds", nargs="*", default=["passkey", "needle"], help="of hidden numbers")
-    group.add_argument("--few", action="store_true", help="hide them in few texts: a GPU's minutes")
+    methods, kinds = ["linear", "ntk", "yarn"], ["passkey", "needle"]
+    group.add_argument("--methods", nargs="*", choices=methods, default=methods, help="scalings")
+    group.add_argument("--kinds", nargs="*", choices=kinds, default=kinds, help="of hidden numbers")
+    group.add_argument(
+        "--few", action="store_true", help="hide them at the target length only, and not for searched factors"
+    )
     group.add_argument("--adapter-steps", nargs="*", type=_count, default=[200], help="of each length")
     group.add_argument("--adapter-lengths", nargs="*", type=_count, help="in turn; by default the target")
     group.add_argument("--control", action="store_true", help="train on as many short sequences too")

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from compressor.checkpoint.reconfigured import ReconfiguredSource
 from compressor.checkpoint.sources import open_source
 from compressor.data import find
 from compressor.device import pick_device
+from compressor.errors import UserError
 from compressor.evals import long_needle
 from compressor.evals.long_record import FoundCell, LongText, bucket_edges, by_position
 from compressor.evals.long_text import Documents, Sliding, long_documents, measure
@@ -66,15 +68,17 @@ class _Bench:
 
     def _documents(self) -> Documents:
         """As many held-out documents of the target length as there are, or as were asked for."""
-        path, most = find(self.options.documents), self.options.most_documents
-        for count in range(most, 0, -1):
-            try:
-                return long_documents(
-                    self.tokenizer, path, documents=count, tokens=self.target, first=self.first
-                )
-            except ValueError as error:
-                failed = error
-        raise Failed(str(failed))
+        try:
+            return long_documents(
+                self.tokenizer,
+                find(self.options.documents),
+                documents=self.options.most_documents,
+                tokens=self.target,
+                first=self.first,
+                least=1,
+            )
+        except UserError as error:
+            raise Failed(str(error)) from error
 
     def loaded(self, source: Source) -> PreTrainedModel:
         """The model in the dtype and on the device to measure with."""
@@ -224,7 +228,7 @@ def _measure(bench: _Bench, folder: Path) -> None:
         with positions_of(model, bench.scaled(bench.context(method)).config, source.label):
             bench.read(method, model, needles=method == "yarn")
     chosen = bench.context("yarn")
-    if options.generations:
+    if not options.no_search:
         del model
         (folder / "search").mkdir(parents=True, exist_ok=True)
         chosen = bench.search(folder / "search")
@@ -236,7 +240,7 @@ def _measure(bench: _Bench, folder: Path) -> None:
         return
     scaled = bench.scaled(chosen)
     last: Source = ReconfiguredSource(source, dict(scaled.config), scaled.length)
-    lengths = options.adapter_lengths or [bench.target]
+    lengths = options.adapter_lengths or [bench.target]  # one for each of the steps: `parse`
     for length, steps in zip(lengths, options.adapter_steps, strict=True):
         name = f"+ adapter {length:,}"
         last = bench.adapted(name, last, length, steps, folder)
@@ -263,9 +267,9 @@ def render(text: LongText, cells: Mapping[str, tuple[FoundCell, ...]]) -> str:
         ]
         lines.append(f"| {bucket.start:,} to {bucket.stop:,} | {' | '.join(shown)} |")
     lines += ["", "| hidden in | tokens | " + " | ".join(cells) + " |", "|---" * (len(cells) + 2) + "|"]
-    key: Callable[[FoundCell], tuple[str, int]] = lambda cell: (cell.kind, cell.tokens)  # noqa: E731
     found = {
-        name: {at: list(group) for at, group in groupby(of_name, key)} for name, of_name in cells.items()
+        name: {at: list(group) for at, group in groupby(of_name, attrgetter("kind", "tokens"))}
+        for name, of_name in cells.items()
     }
     for kind, tokens in next(iter(found.values()), {}):
         shown = [_share(of_name[kind, tokens]) for of_name in found.values()]
