@@ -33,7 +33,7 @@ from compressor.planner.sizes import (
     vocabulary_size,
 )
 from compressor.recipe.load import LoadedRecipe
-from compressor.report.words import counted, millions, size
+from compressor.report.words import counted, duration, millions, size
 from compressor.stages.adapt import AdaptSpec
 from compressor.stages.adapt_memory import CHUNK_LOGITS, attention_width, blocks_of, kept_bytes
 from compressor.stages.base import Claim
@@ -131,7 +131,7 @@ class AdaptPlan:
             f"{', and ' + besides if besides else ''}: {millions(self.trained)} numbers are trained",
             f"{counted(spec.steps, 'step')} of {spec.sequences:,} x {spec.sequence_length:,} tokens "
             f"({millions(self.tokens)}) of {texts}",
-            f"about {size(self.held_bytes)} and {_duration(self.time_s)} on the {device}{again} (estimates)",
+            f"about {size(self.held_bytes)} and {duration(self.time_s)} on the {device}{again} (estimates)",
             "merged into the weights" if spec.merge else "written beside the weights, to folder adapter",
         )
 
@@ -250,12 +250,6 @@ def _is_direct(claim: Claim, spec: AdaptSpec) -> bool:
 
 def _free_bytes(device: Device) -> int:
     return available_device_bytes() if device == "cuda" else available_memory_bytes()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
 def adapted_key(adapters: AdaptPlan | None, source: str) -> str:

@@ -281,7 +281,8 @@ def _verdict(held_out: dict[str, Any], accepted: bool, original_length: int) -> 
     within = "" if spread is None else f" (95%: {spread[0]:+.4f} to {spread[1]:+.4f})"
     documents = f"{count} held-out document{'s' if count > 1 else ''}"
     compared = (
-        f"on {documents} the factors found are at {held_out['difference']:+.4f} nats a token from YaRN past "
+        f"on {documents} they are at {held_out['difference']:+.4f} nats a token from YaRN past "
         f"{original_length:,} tokens{within}, and at {held_out['short_difference']:+.4f} within them"
     )
-    return f"{'the factors found are' if accepted else 'YaRN is'} used: {compared}"
+    used = "the factors found are used" if accepted else "YaRN is used, not the factors found"
+    return f"{used}: {compared}"
