@@ -19,9 +19,13 @@ from compressor.planner.evaluated_long import long_spec
 from compressor.planner.kv_bytes import full_context
 from compressor.progress import Progress
 from compressor.recipe.evaluate_long import LongSection
+from compressor.stages.drafts_open import kind_of, open_drafter
 from compressor.stages.kv_evaluate import check_kv_formats, kv_variants, with_kv
 
 if TYPE_CHECKING:
+    from compressor.drafts.base import Drafter
+    from compressor.evals.decode_record import DecodingResult
+    from compressor.evals.decode_spec import DecodeSpec
     from compressor.model.load import LoadedCheckpoint
 
 # Keys of a recipe -> how the command line spells them.
@@ -75,10 +79,7 @@ def compare(
     Raises:
         UserError: anything that is missing, unreadable or does not fit together.
     """
-    if not (checkpoint / "config.json").is_file():
-        raise CheckpointError(
-            "no checkpoint: there is no config.json", where=str(checkpoint), fix="name a folder"
-        )
+    _check_folder(checkpoint)
     check_kv_formats(kv, checkpoint)
     found = find(text, what="evaluation text")
     opened = open_source(source, revision=revision, cache=cache, from_=from_)
@@ -107,6 +108,66 @@ def compare(
     if spec.long is None:
         return measured
     return replace(measured, long=evaluate_long(source_model, model, tokenizer, spec.long, progress))
+
+
+def compare_drafts(
+    checkpoint: Path,
+    source: str,
+    draft: str,
+    spec: DecodeSpec,
+    *,
+    revision: str | None,
+    from_: From | None,
+    dtype: str | None,
+    cache: Path,
+    progress: Progress,
+) -> DecodingResult:
+    """Decoding of ``checkpoint`` with proposed tokens against plain decoding, and with two controls.
+
+    Args:
+        checkpoint: as of ``compare``.
+        source: the same; says how experts that were written one by one go together.
+        draft: ``native``, or a folder, see ``stages.drafts_open``.
+        spec: how to measure.
+        revision: as of ``compare``.
+        from_: the same.
+        dtype: name of the dtype to compute in; None for what the device is fast in.
+        cache: as of ``compare``.
+        progress: told of everything.
+
+    Raises:
+        UserError: anything that is missing, unreadable or does not fit together.
+    """
+    _check_folder(checkpoint)
+    kind = kind_of(draft)
+    opened = open_source(source, revision=revision, cache=cache, from_=from_)
+    import torch
+
+    from compressor.device import fast_dtype, pick_device
+    from compressor.drafts.lookup import PromptLookup
+    from compressor.drafts.repeat import RepeatLast
+    from compressor.evals.decode_compare import compare_decoding
+    from compressor.model.load import load_tokenizer, set_dtype
+    from compressor.stages.simulated import simulate_activations
+
+    device = pick_device()
+    result = simulate_activations(_result(checkpoint, opened), checkpoint, opened)
+    target = set_dtype(result.model, getattr(torch, dtype) if dtype else fast_dtype(device))
+    target.to(device).requires_grad_(False)
+    tokenizer = load_tokenizer(checkpoint)
+    drafters: dict[str, Drafter] = {
+        kind: open_drafter(draft, checkpoint, target, tokenizer),
+        "last token": RepeatLast(),
+        "look-up": PromptLookup(),
+    }
+    return compare_decoding(target, tokenizer, drafters, spec, progress)
+
+
+def _check_folder(checkpoint: Path) -> None:
+    if not (checkpoint / "config.json").is_file():
+        raise CheckpointError(
+            "no checkpoint: there is no config.json", where=str(checkpoint), fix="name a folder"
+        )
 
 
 def _result(checkpoint: Path, opened: Source) -> LoadedCheckpoint:

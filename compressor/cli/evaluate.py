@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from compressor.cli.draft_options import draft_options
 from compressor.cli.long_options import long_options
 from compressor.cli.options import DEFAULT_WORKSPACE, from_option, log_json_option, quiet_option
 from compressor.errors import UserError
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from compressor.evals.base import EvalResult, TextResult
+    from compressor.evals.decode_record import DecodingResult
+    from compressor.evals.decode_spec import DecodeSpec
     from compressor.recipe.evaluate_long import LongSection
 
 
-# With --long alone: of a shipped text, as many tokens as a recipe reads by default.
+# With --long and no text: of a shipped text, as many tokens as a recipe reads by default.
 _TEXT, _TOKENS = "calibration/heldout.jsonl", 16384
 
 
@@ -49,6 +52,7 @@ _TEXT, _TOKENS = "calibration/heldout.jsonl", 16384
     "--kv-needle", metavar="TOKENS[,TOKENS...]", help="Hide needles in texts of these lengths for --kv."
 )
 @long_options
+@draft_options
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
 @quiet_option
 @log_json_option
@@ -66,6 +70,9 @@ def command(
     long: LongSection | None,
     long_window: int | None,
     long_seed: int,
+    draft: str | None,
+    draft_dtype: str | None,
+    decoding: DecodeSpec | None,
     as_json: bool,
     quiet: bool,
     log_json: bool,
@@ -74,41 +81,81 @@ def command(
 
     Perplexity of both, KL divergence and top-1 agreement, on the same tokens. With --kv also CHECKPOINT with
     its KV cache in each format against itself with a 16-bit cache. With --long also both on long documents,
-    by position, and the source through a window of the length that it was trained at.
+    by position, and the source through a window of the length that it was trained at. With --draft also
+    CHECKPOINT decoding with proposed tokens against itself without; alone where no text is named.
     """
     from compressor.cli.progress import reporter
-    from compressor.compare import compare
+    from compressor.compare import compare, compare_drafts
 
     if not kv_formats and (kv_mode or kv_needle):
         raise UserError(
             "--kv-mode and --kv-needle say how --kv measures", fix="name formats: --kv FORMAT,FORMAT"
         )
-    if text is None:
-        if long is None:
-            raise UserError("nothing to measure on", fix="name a text: --text FILE")
+    if text is None and long is not None:
         text, tokens = _TEXT, tokens or _TOKENS
+    if text is None and draft is None:
+        raise UserError("nothing to measure on", fix="name a text: --text FILE")
+    if text is None and kv_formats:
+        raise UserError("--kv has no text to measure on", fix="name one: --text FILE")
+    cache = DEFAULT_WORKSPACE.absolute() / "hub"
+    result = decoded = None
     with reporter(quiet=quiet, log_json=log_json) as progress:
-        result = compare(
-            checkpoint,
-            source,
-            text,
-            revision=revision,
-            from_=from_,
-            tokens=tokens,
-            context=context,
-            cache=DEFAULT_WORKSPACE.absolute() / "hub",
-            progress=progress,
-            kv=_names(kv_formats),
-            kv_mode=kv_mode or "strict",
-            kv_needle=_lengths(kv_needle),
-            long=long,
-            long_window=long_window,
-            long_seed=long_seed,
-        )
+        if text is not None:
+            result = compare(
+                checkpoint,
+                source,
+                text,
+                revision=revision,
+                from_=from_,
+                tokens=tokens,
+                context=context,
+                cache=cache,
+                progress=progress,
+                kv=_names(kv_formats),
+                kv_mode=kv_mode or "strict",
+                kv_needle=_lengths(kv_needle),
+                long=long,
+                long_window=long_window,
+                long_seed=long_seed,
+            )
+        if draft is not None and decoding is not None:
+            decoded = compare_drafts(
+                checkpoint,
+                source,
+                draft,
+                decoding,
+                revision=revision,
+                from_=from_,
+                dtype=draft_dtype,
+                cache=cache,
+                progress=progress,
+            )
+    _show(result, decoded, as_json=as_json)
+
+
+def _show(result: EvalResult | None, decoded: DecodingResult | None, *, as_json: bool) -> None:
+    """What was measured, on stdout; then an error where decoding loses something."""
     if as_json:
-        click.echo(json.dumps(result.to_json(), indent=2))
-        return
-    _print(result)
+        measured = result.to_json() if result else {}
+        more = {"decoding": decoded.to_json()} if decoded else {}
+        click.echo(json.dumps(measured | more, indent=2))
+    else:
+        if result is not None:
+            _print(result)
+        if decoded is not None:
+            _print_decoding(decoded)
+    if decoded is not None:
+        from compressor.evals.decode_compare import check_lossless
+
+        check_lossless(decoded)
+
+
+def _print_decoding(decoded: DecodingResult) -> None:
+    from rich.console import Console
+
+    from compressor.report.terminal import print_decoding
+
+    print_decoding(decoded.to_json(), Console(file=sys.stdout, highlight=False, markup=False))
 
 
 def _print(result: EvalResult) -> None:

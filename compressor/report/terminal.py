@@ -31,6 +31,17 @@ from compressor.report.context import (
     context_rows,
     search_rows,
 )
+from compressor.report.decoding import DECODING_HEADS, decoding_notes, decoding_rows
+from compressor.report.drafts import (
+    DRAFT_HEADS,
+    HELD_OUT_HEADS,
+    DraftFacts,
+    decoded_rows,
+    draft_caption,
+    draft_notes,
+    draft_rows,
+    held_out_rows,
+)
 from compressor.report.experts import EXPERT_HEADS, expert_rows
 from compressor.report.kv import (
     KV_HEADS,
@@ -98,6 +109,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if report.kv is not None:
         _show_kv(show, report.kv)
 
+    if report.drafts is not None:
+        _show_drafts(show, report.drafts)
+
     show.title("Cost")
     show.table(("stage", "time", "memory", "device", "resumed"), rows.stage_rows(report))
     device = report.device
@@ -123,6 +137,15 @@ def print_verification(found: Verification, console: Console) -> None:
 def print_long(measured: Mapping[str, Any], console: Console) -> None:
     """Prints what ``LongResult.to_json`` holds."""
     _show_long(_Printer(console), long_facts(measured))
+
+
+def print_decoding(measured: Mapping[str, Any], console: Console) -> None:
+    """Prints what ``DecodingResult.to_json`` holds."""
+    show = _Printer(console)
+    show.title("Decoding with proposed tokens")
+    show.table(DECODING_HEADS, decoding_rows(measured))
+    for note in decoding_notes(measured):
+        show.line(note)
 
 
 def _show_calibration(show: _Printer, facts: CalibrationFacts) -> None:
@@ -168,6 +191,16 @@ def _show_kv(show: _Printer, facts: KvFacts) -> None:
     show.table(KV_QUALITY_HEADS, kv_quality_rows(facts))
     show.line(kv_caption(facts), style="dim")
     for note in kv_notes(facts):
+        show.line(note)
+
+
+def _show_drafts(show: _Printer, facts: DraftFacts) -> None:
+    show.title("Drafts")
+    show.table(DECODING_HEADS, decoded_rows(facts))
+    show.table(HELD_OUT_HEADS, held_out_rows(facts))
+    show.table(DRAFT_HEADS, draft_rows(facts))
+    show.line(draft_caption(facts), style="dim")
+    for note in draft_notes(facts):
         show.line(note)
 
 

@@ -1,0 +1,1 @@
+"""Draft heads: tokens proposed ahead of the target, which verifies them."""

@@ -1,0 +1,9 @@
+"""What is asked of a draft, as stages are told it. Importing this does not import torch: for plans."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# ``native``: prediction layers that the checkpoint has; ``eagle3``: a trained head; ``draft_model``: a
+# smaller model of the same vocabulary.
+Kind = Literal["native", "eagle3", "draft_model"]

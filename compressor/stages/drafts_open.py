@@ -1,0 +1,98 @@
+"""What proposes tokens for a checkpoint, as it lies on disk: opened for the decoding loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.checkpoint.layout import load_config
+from compressor.drafts.base import Drafter
+from compressor.drafts.spec import Kind
+from compressor.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NATIVE = "native"
+_CONFIG = "config.json"
+
+
+def kind_of(draft: str) -> Kind:
+    """``native``, or what a folder holds: a speculator, or a whole model.
+
+    Raises:
+        CheckpointError: there is no config.json, or one of a speculator that is not run here.
+    """
+    if draft == NATIVE:
+        return "native"
+    path = Path(draft) / _CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            "no draft: there is no config.json", where=draft, fix=f"name a folder, or `{NATIVE}`"
+        )
+    speculator = _config(Path(draft)).get("speculators_model_type")
+    if speculator is None:
+        return "draft_model"
+    if speculator != "eagle3":
+        raise CheckpointError(f"speculators of type {speculator!r} are not run here", where=str(path))
+    return "eagle3"
+
+
+def open_drafter(
+    draft: str, checkpoint: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Drafter:
+    """Of any kind, on the target's device.
+
+    Args:
+        draft: ``native`` for the checkpoint's own prediction layer, else a folder: a speculator (EAGLE-3), or
+            a smaller model, which computes in the target's dtype.
+        checkpoint: folder of the target.
+        target: loaded from it, on its device.
+        tokenizer: of the target.
+
+    Raises:
+        CheckpointError: it is missing, broken, or does not go with the target.
+    """
+    kind = kind_of(draft)
+    if kind == "native":
+        return _native(checkpoint, target)
+    if kind == "eagle3":
+        from compressor.drafts.eagle3 import SharedEnds
+        from compressor.drafts.eagle3_drafter import Eagle3Drafter
+        from compressor.drafts.eagle3_files import read_head
+
+        head = read_head(Path(draft), _config(checkpoint), SharedEnds.of(target))
+        return Eagle3Drafter(head.to(target.device, target.dtype).requires_grad_(False))
+    return _model(Path(draft), target, tokenizer)
+
+
+def _native(checkpoint: Path, target: PreTrainedModel) -> Drafter:
+    from compressor.checkpoint.base import Source
+    from compressor.checkpoint.dequantized import DequantizedSource
+    from compressor.checkpoint.folder import FolderSource
+    from compressor.drafts.native_drafter import NativeDrafter
+    from compressor.drafts.native_layer import PredictionLayer
+
+    quantized = "quantization_config" in _config(checkpoint)
+    source: Source = FolderSource(checkpoint, quantized=quantized)
+    if quantized:
+        source = DequantizedSource(source)
+    return NativeDrafter(PredictionLayer(source, target, target.dtype).requires_grad_(False))
+
+
+def _model(folder: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Drafter:
+    from compressor.drafts.draft_model import DraftModel, check_vocabulary
+    from compressor.evals.text import vocabulary_size
+    from compressor.model.load import load_checkpoint_model, load_tokenizer
+
+    model = load_checkpoint_model(folder, target.dtype).model
+    check_vocabulary(
+        tokenizer, load_tokenizer(folder), vocabulary_size(target), vocabulary_size(model), str(folder)
+    )
+    placed: PreTrainedModel = model.to(target.device)
+    return DraftModel(placed.eval())
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / _CONFIG
+    return load_config(file.read_bytes(), str(file))
