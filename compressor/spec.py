@@ -100,8 +100,8 @@ class Role:
     Attributes:
         kind: ``linear`` tensors are quantized by default, but those with a reason; these, ``embedding`` and
             ``lm_head`` only where a rule says so; ``other`` (norms, biases, routers, convolutions, vision
-            towers) never.
-        parts: the weight matrices inside (empty for ``other``).
+            towers) never, but the matrices of prediction layers, where a rule says so.
+        parts: the weight matrices inside (empty for ``other`` that is never quantized).
         reason: why the tensor stays in 16 bit by default, as the plan prints it; empty where it does not.
         input_norm: the norm that feeds these matrices, where there is one right before them.
     """

@@ -147,7 +147,7 @@ def _claim(
         key = rule.key if rule else "default"
         reason = f"asked by {key}" if rule else role.reason
         return _copy(header, role, key, reason)
-    problem = _not_quantizable(header, role, rule.scheme, is_tied)
+    problem = _not_quantizable(header, role, rule, is_tied)
     if problem is not None:
         refused[rule.key, problem].append(header.name)
         return _copy(header, role, rule.key, problem)
@@ -186,9 +186,16 @@ def _names(header: TensorHeader, role: Role) -> list[str]:
     return [header.name, header.name.removesuffix(".weight"), *(part.module for part in role.parts)]
 
 
-def _not_quantizable(header: TensorHeader, role: Role, scheme: Scheme, is_tied: bool) -> str | None:
-    if role.kind == "other" or not role.parts:
+def _not_quantizable(header: TensorHeader, role: Role, rule: _Rule, is_tied: bool) -> str | None:
+    scheme = rule.scheme
+    assert scheme is not None, "asked of rules that quantize"
+    if not role.parts:
         return f"cannot be quantized ({role.reason})"
+    needs_data = scheme.static_inputs or (rule.solver is not None and rule.solver.needs_calibration)
+    if role.kind == "other" and needs_data:
+        return (
+            f"needs a scheme and a solver without calibration ({role.reason}: not in the model that is run)"
+        )
     if header.dtype not in FLOAT_DTYPES:
         return f"stored as {header.dtype}, not as floating point"
     if role.kind in ("embedding", "lm_head"):
@@ -221,7 +228,8 @@ def _unfuse_copied_experts(claims: Sequence[Claim]) -> list[Claim]:
 
 
 def _is_fused(claim: Claim) -> bool:
-    return any(part.expert is not None for part in claim.role.parts)
+    # Engines read prediction layers by a loader of their own.
+    return claim.role.kind == "linear" and any(part.expert is not None for part in claim.role.parts)
 
 
 def _unfused(claim: Claim) -> Claim:

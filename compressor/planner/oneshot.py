@@ -12,7 +12,7 @@ from typing import Any
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
 from compressor.errors import UserError
-from compressor.model.families import block_index, tied
+from compressor.model.families import block_index, is_prediction, tied
 from compressor.planner.predict import BASE_RSS_BYTES, Prediction
 from compressor.planner.sizes import (
     Device,
@@ -118,6 +118,16 @@ def oneshot_faults(claims: Sequence[Claim], source: Source, *, polished: bool) -
             UserError(
                 "SpinQuantModifier changes the embedding and the head differently, and this model has one "
                 "tensor for both",
+                where=first.rule,
+                fix="use AWQModifier or SmoothQuantModifier",
+            )
+        )
+    predicting = any(is_prediction(name, source.config) for name in source.headers)
+    if solver.uses("SpinQuantModifier") and predicting:
+        faults.append(
+            UserError(
+                "SpinQuantModifier rotates the hidden states that the model's prediction layer reads, and "
+                "the layer stays as it is: it would foretell nothing",
                 where=first.rule,
                 fix="use AWQModifier or SmoothQuantModifier",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,4 +106,8 @@ def _roundings(weights: StoredWeights, places: dict[str, tuple[Place, ...]]) -> 
 def _rounding(args: QuantizationArgs, scales: dict[str, torch.Tensor]) -> Rounding:
     from compressor.schemes.inputs import round_rows
 
-    return lambda x: round_rows(x.reshape(-1, x.shape[-1]), args, scales).view(x.shape)
+    @cache
+    def there(device: torch.device) -> dict[str, torch.Tensor]:
+        return {name: x.to(device) for name, x in scales.items()}
+
+    return lambda x: round_rows(x.reshape(-1, x.shape[-1]), args, there(x.device)).view(x.shape)

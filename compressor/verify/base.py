@@ -95,6 +95,7 @@ class Chosen:
         transform: what it does to matrices, or None without one.
         named: all that the report says was changed, be there anything in the recipe that does so or not.
         adapted: tensors of the source that were trained on long documents, before all else.
+        predicting: whether prediction layers were trained on the result, after all else.
     """
 
     calibrated: frozenset[str] = frozenset()
@@ -104,3 +105,4 @@ class Chosen:
     transform: Transform | None = None
     named: frozenset[str] = frozenset()
     adapted: frozenset[str] = frozenset()
+    predicting: bool = False

@@ -7,7 +7,7 @@ from pathlib import Path
 from compressor.errors import CheckpointError, UserError
 from compressor.recipe.load import load_recipe
 from compressor.recipe.model import Recipe, WeightsSection
-from compressor.report.model import load_report
+from compressor.report.model import Report, load_report
 from compressor.solvers.base import Solver
 from compressor.solvers.llmcompressor import LlmCompressor
 from compressor.verify.base import Chosen, Transform
@@ -28,8 +28,9 @@ def chosen_with_data(checkpoint: Path) -> Chosen:
     named = frozenset(report.adapters.changed if report.adapters else ())
     trains = recipe is not None and recipe.adapters is not None and recipe.adapters.merge
     adapted = named if trains else frozenset[str]()
+    predicting = _predicting(report, recipe)
     if shown is None:
-        return Chosen(adapted=adapted, named=named)
+        return Chosen(adapted=adapted, named=named, predicting=predicting)
     moved = frozenset(shown.polish.changed_16bit if shown.polish else ())
     changed = frozenset(shown.changed_16bit)
     weights = None if recipe is None else recipe.weights
@@ -46,7 +47,17 @@ def chosen_with_data(checkpoint: Path) -> Chosen:
         transform=transform if changed or shown.smoothed else None,
         named=moved | changed | named,
         adapted=adapted,
+        predicting=predicting,
     )
+
+
+def _predicting(report: Report, recipe: Recipe | None) -> bool:
+    """Whether both say that the source's own prediction layer was trained, and has changed."""
+    asked = None if recipe is None else recipe.drafts
+    told = report.drafts
+    if asked is None or told is None or told.training is None:
+        return False
+    return asked.kind == told.kind == "native" and asked.train is not None and told.training.best_step > 0
 
 
 def _recipe(checkpoint: Path) -> Recipe | None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from compressor.checkpoint.base import Source
 from compressor.errors import CheckpointError
-from compressor.model.families import family_for
+from compressor.model.families import family_for, is_prediction
 from compressor.model.names import extract
 from compressor.progress import Progress
 from compressor.spec import FLOAT_DTYPES, LinearPart, Role, TensorHeader
@@ -74,6 +74,7 @@ class _Found:
     adapted_copies: int = 0
     calibrated: int = 0
     worst: float = 0.0
+    trained: str = "on long documents"
 
 
 def check_values(stored: StoredWeights, source: Source, progress: Progress, chosen: Chosen) -> list[Check]:
@@ -92,10 +93,15 @@ def check_values(stored: StoredWeights, source: Source, progress: Progress, chos
     Raises:
         CheckpointError: the source cannot be read.
     """
-    family = family_for(source.config)
+    family, found = family_for(source.config), _Found()
     roles = {header.name: family.role(header, source.config) for header in source.headers.values()}
     parts = {part.module: (name, part) for name, role in roles.items() for part in role.parts}
-    found = _Found()
+    if chosen.predicting:
+        # Bounded as what was trained before all else is: one trained is like its source, a stranger's is not.
+        retrained = {name for name in source.headers if is_prediction(name, source.config)}
+        ways = ("on long documents", "to foretell this result")
+        found = _Found(trained=" or ".join(ways[0 if chosen.adapted else 1 :]))
+        chosen = replace(chosen, adapted=chosen.adapted | retrained)
     progress.start("values", len(stored.modules) + len(source.headers), "items")
     by_tensor: dict[str, list[tuple[str, LinearPart]]] = defaultdict(list)
     for module in stored.modules:
@@ -235,7 +241,10 @@ def _may_differ(
     if header.name in chosen.adapted - chosen.changed:
         found.adapted_copies += 1
         apart = float((ours.double() - theirs.double()).square().sum())
-        return apart <= ADAPTED * float(theirs.double().square().sum())
+        size = float(theirs.double().square().sum())
+        if ours.dim() < 2:  # a norm that stores its weight less one may be nearly zero
+            size = max(size, float((theirs.double() + 1).square().sum()))
+        return apart <= ADAPTED * size
     # What was scaled and then polished has left the polish's bounds.
     if header.name in chosen.moved - chosen.changed and ours.dim() < 2:
         found.moved += 1
@@ -280,7 +289,7 @@ def _weights_check(found: _Found, chosen: Chosen) -> Check:
             "finite and of about their source's size",
         )
     adapted = found.adapted_matrices
-    trained = f", {adapted:,} of them to about that, trained on long documents" if adapted else ""
+    trained = f", {adapted:,} of them to about that, trained {found.trained}" if adapted else ""
     how = "each weight the nearest that its group's scale allows"
     if chosen.transform == "scaled":
         how = "but for a factor for each row and column, which the recipe's transform moves between layers"
@@ -310,7 +319,7 @@ def _copies_check(found: _Found) -> Check:
     text = f"{same:,} tensors are the source's"
     if found.adapted_copies:
         verb = "was" if found.adapted_copies == 1 else "were"
-        text += f"; {found.adapted_copies:,} {verb} trained on long documents, which moved none by much"
+        text += f"; {found.adapted_copies:,} {verb} trained {found.trained}, which moved none by much"
     if found.moved:
         text += f"; {found.moved:,} norms and biases were moved by the polish, none by much"
     if found.changed:

@@ -157,6 +157,7 @@ class _Damaging(Silent):
         ("qwen3_next", "mtp.layers.0.mlp.experts.3.up_proj.weight"),
         ("qwen3_next_fused", "mtp.layers.0.mlp.experts.down_proj"),
         ("glm4_moe", "model.layers.2.shared_head.norm.weight"),
+        ("deepseek_v3", "model.layers.2.eh_proj.weight"),
     ],
 )
 def test_a_lost_prediction_tensor_fails_the_run(family: str, lost: str, tmp_path: Path) -> None:

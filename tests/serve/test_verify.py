@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +102,15 @@ def test_loader_and_layout_agree(
     assert found.passed
 
 
+def drafted(result: Path, count: int, engine_python: Path, env: Mapping[str, str]) -> dict[str, Any]:
+    """What ``draft_worker.py`` prints."""
+    worker = [str(engine_python), str(Path(__file__).with_name("draft_worker.py")), str(result), str(count)]
+    done = subprocess.run(worker, capture_output=True, text=True, env=os.environ | env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
 def test_its_own_prediction_layer_drafts(
@@ -108,17 +118,29 @@ def test_its_own_prediction_layer_drafts(
 ) -> None:
     """Carried in 16 bit, it is loaded so, and what it drafts changes no token."""
     result = made(tmp_path, PREDICTING[family](tmp_path / "source"), "nvfp4a16")
-    found = []
-    for drafted in ("0", "2"):
-        worker = [str(engine_python), str(Path(__file__).with_name("draft_worker.py")), str(result), drafted]
-        done = subprocess.run(worker, capture_output=True, text=True, env=os.environ | weight_only_env)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    plain, with_drafts = found
+    plain, with_drafts = (drafted(result, count, engine_python, weight_only_env) for count in (0, 2))
     # On the CPU vLLM's latent attention changes tokens as it checks drafts, of the unquantized model too.
     assert with_drafts["tokens"] == plain["tokens"] or family == "deepseek_v3"
     assert with_drafts["drafted"] > 0
     assert with_drafts["quantized"] == []
+
+
+@pytest.mark.slow
+def test_a_prediction_layer_that_rules_quantize_drafts(
+    tmp_path: Path, engine_python: Path, weight_only_env: Mapping[str, str]
+) -> None:
+    """vLLM takes its matrices for quantized, the experts among them, and no token changes."""
+    source = PREDICTING["glm4_moe"](tmp_path / "source")
+    rules = "[{match: 'model.layers.2.*_proj', scheme: nvfp4a16, solver: rtn}]"
+    weights = f"{{scheme: nvfp4a16, ignore: ['*.eh_proj'], rules: {rules}}}"
+    recipe = write_recipe(tmp_path / "recipe.yaml", source, weights, "evaluate: null")
+    result = run(recipe, output=tmp_path / "out" / "result").output
+    plain, with_drafts = (drafted(result, count, engine_python, weight_only_env) for count in (0, 2))
+    assert with_drafts["tokens"] == plain["tokens"]
+    assert with_drafts["drafted"] > 0
+    kinds = {name.rpartition("mtp_block.")[2] for name in with_drafts["quantized"]}
+    assert {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.shared_experts.down_proj"} <= kinds
+    assert any("experts" in kind and "shared" not in kind for kind in kinds)
 
 
 def test_a_format_without_kernel_is_told_apart(tmp_path: Path, engine_python: Path) -> None:

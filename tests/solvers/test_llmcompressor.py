@@ -17,6 +17,7 @@ from compressor.planner.plan import Plan, make_plan
 from compressor.recipe.load import load_recipe
 from compressor.solvers import parse_solver
 from compressor.solvers.llmcompressor import LlmCompressor
+from tests.model.published import PUBLISHED
 from tests.tiny import tiny_llama
 
 
@@ -152,6 +153,13 @@ def test_tied_models_are_not_rotated(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "tied", tie=True)
     _plan(tmp_path, folder, _weights("SmoothQuantModifier"))
     with pytest.raises(PlanError, match="one tensor for both"):
+        _plan(tmp_path, folder, _weights("SpinQuantModifier"))
+
+
+def test_models_whose_prediction_layer_stays_are_not_rotated(tmp_path: Path) -> None:
+    """It reads the model's hidden states as they were."""
+    folder = PUBLISHED["qwen3_5"](tmp_path / "predicts")
+    with pytest.raises(PlanError, match="it would foretell nothing"):
         _plan(tmp_path, folder, _weights("SpinQuantModifier"))
 
 

@@ -21,7 +21,13 @@ from compressor.model.families.jamba import JAMBA
 from compressor.model.families.llama import LlamaFamily
 from compressor.model.families.llama4 import LLAMA4
 from compressor.model.families.mixtures import GLM4_MOE, MIXTRAL, QWEN_MOE
-from compressor.model.families.naming import block_index, is_wrapper, member_rows, text_config
+from compressor.model.families.naming import (
+    block_index,
+    is_prediction,
+    is_wrapper,
+    member_rows,
+    text_config,
+)
 from compressor.model.families.qwen3_next import QWEN3_NEXT
 from compressor.model.families.qwen_vl import QwenVlFamily
 
@@ -31,6 +37,7 @@ __all__ = [
     "embedding_problem",
     "families",
     "family_for",
+    "is_prediction",
     "is_wrapper",
     "member_rows",
     "renames_modules",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from compressor.model.families.experts import fused_experts
-from compressor.model.families.naming import common_role, whole
+from compressor.model.families.naming import PREDICTION, common_role, whole
 from compressor.spec import InputNorm, Role, TensorHeader
 
 
@@ -39,17 +39,22 @@ class NamedFamily:
     def role(self, header: TensorHeader, config: dict[str, Any]) -> Role:
         """Projections and experts are ``linear``, what ``kept`` names and the rest ``other``.
 
+        Those of prediction layers are ``other`` with parts, so that only a rule that names them takes them.
+
         Raises:
             CheckpointError: experts that do not split into matrices.
         """
         common = common_role(header, config)
-        if common is not None:
+        if common is not None and common.reason != PREDICTION:
             return common
         parts = None
         if self.fused != "kept":
             parts = fused_experts(header, transposed=self.fused == "columns")
         if parts is None and len(header.shape) == 2 and self.projections.search(header.name):
             parts = (whole(header, header.name.removesuffix(".weight")),)
+        if common is not None:
+            norm = None if parts is None else self.norm(header.name)
+            return Role("other", parts or (), PREDICTION, input_norm=norm)
         if parts is not None:
             reason = _first(self.by_rule_only, header.name)
             return Role("linear", parts, reason, input_norm=self.norm(header.name))

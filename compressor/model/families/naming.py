@@ -35,6 +35,8 @@ FUSED = {
 # vLLM 0.32 quant_utils.py get_and_maybe_dequant_weights multiplies the quantized layer by an identity.
 FOLDED = "engines fold it into its neighbours, and read it through its input's quantization"
 
+PREDICTION = "multi-token prediction layer"
+
 _TOWER = re.compile(
     r"(^|[._])(vision|visual|vit|image|audio|speech|sound|multi_modal|multimodal|mm_projector|connector)([._]|$)"
 )
@@ -60,6 +62,16 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 def is_wrapper(config: dict[str, Any]) -> bool:
     """Whether the language model has towers beside it, whose config lies in or beside its own."""
     return text_config(config) is not config or isinstance(config.get("vision_config"), dict)
+
+
+def is_prediction(name: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor belongs to a multi-token prediction layer: named so, or a block behind the last."""
+    if _TOWER.search(name):
+        return False
+    blocks = text_config(config).get("num_hidden_layers")
+    index = block_index(name)
+    # bool is a subclass of int, so compare the type itself
+    return bool(_DRAFT.search(name)) or (type(blocks) is int and index is not None and index >= blocks)
 
 
 def leaf(module: str) -> str:
@@ -116,11 +128,9 @@ def common_role(header: TensorHeader, config: dict[str, Any]) -> Role | None:
         return Role("other", reason=f"stored as {header.dtype}, not as a floating-point weight")
     if _TOWER.search(header.name):
         return Role("other", reason="tower or projector of another modality")
-    blocks = text_config(config).get("num_hidden_layers")
+    if is_prediction(header.name, config):
+        return Role("other", reason=PREDICTION)
     index = block_index(header.name)
-    # bool is a subclass of int, so compare the type itself
-    if _DRAFT.search(header.name) or (type(blocks) is int and index is not None and index >= blocks):
-        return Role("other", reason="multi-token prediction layer")
     if len(header.shape) < 2:
         return Role("other", reason=_vector_reason(header.name))
     module = header.name.removesuffix(".weight")
