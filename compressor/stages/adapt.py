@@ -1,18 +1,15 @@
 """Before everything that is calibrated: low-rank adapters trained on long documents.
 
 LoRA (arXiv:2106.09685) beside the projections of attention and, where asked for, norms and embeddings,
-without which a model learns little of longer contexts (LongLoRA, arXiv:2309.12307, table 2). AdamW
-(arXiv:1711.05101) with a linear warm-up, then a cosine; one sequence at a time, so many to a step. State is
-saved as it goes: a killed run goes on with it, on the CPU to the same bits.
+without which a model learns little of longer contexts (LongLoRA, arXiv:2309.12307, table 2). One sequence at
+a time, so many to a step of ``trainer.Trainer``.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from math import cos, isfinite, pi
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +18,10 @@ from compressor.checkpoint.adapted import write_adapted
 from compressor.checkpoint.base import Source
 from compressor.errors import UserError
 from compressor.progress import Progress
-from compressor.stages.adapt_files import STATE_NAME, Progressed, load_state, save_state, write_adapter
+from compressor.stages.adapt_files import write_adapter
 from compressor.stages.adapt_memory import recomputes
+from compressor.stages.trainer import ENDS, Schedule, Trainer
+from compressor.stages.trainer_files import Progressed, forget_state
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +32,7 @@ if TYPE_CHECKING:
 
 # What the answers' mean loss counts beside the mean of all tokens.
 ANSWER_WEIGHT = 0.2
-_BETAS = (0.9, 0.95)
-_MOST_NORM = 1.0
-# The cosine ends at this share of the highest rate.
-_LAST_RATE = 0.1
 _WIDTH = {"float32": 4, "bfloat16": 2}
-# Steps whose mean loss stands for the beginning and for the end.
-_ENDS = 10
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,10 @@ def adapt(
     retrieval = None
     if spec.retrieval:
         retrieval = Retrieval(source_tokenizer(source, folder), spec.retrieval, spec.seed)
-    trainer = _Trainer(spec, shown.ids_NT, retrieval, folder, progress)
+    schedule = Schedule("adapt", "adapters", spec.steps, spec.warmup_steps, spec.save_every)
+    trainer = Trainer(schedule, folder, progress)
+    trainer.check_shared(spec.sequences, "adapters.tokens_per_step")
+    steps = _Steps(spec, shown.ids_NT, retrieval, trainer)
     model = AdaptedModel(
         source,
         rank=spec.rank,
@@ -156,7 +152,12 @@ def adapt(
         dtype=getattr(torch, spec.dtype),
         device=trainer.device,
     )
-    done, resumed = trainer.run(model)
+    done, resumed = steps.run(model)
+    losses = done.curves["loss"]
+    answers = [
+        round(loss, 5) if asked else None
+        for loss, asked in zip(done.curves["answers"], done.curves["asked"], strict=True)
+    ]
     changed: list[str] = []
     if trainer.writes:
         if spec.merge:
@@ -164,17 +165,17 @@ def adapt(
             write_adapted(folder, source.headers, changed, model.merged())
         else:
             write_adapter(folder, model.adapters(), spec.alpha, spec.base)
-        (folder / STATE_NAME).unlink(missing_ok=True)
+        forget_state(folder)
     trainer.wait()
-    ends = min(_ENDS, spec.steps)
+    ends = min(ENDS, spec.steps)
     facts = {
         "steps": spec.steps,
         "tokens": spec.steps * spec.sequences * spec.sequence_length,
         "sequence_length": spec.sequence_length,
-        "losses": [round(loss, 5) for loss in done.losses],
-        "loss_before": sum(done.losses[:ends]) / ends,
-        "loss_after": sum(done.losses[-ends:]) / ends,
-        "answers": [None if loss is None else round(loss, 5) for loss in done.answers],
+        "losses": [round(loss, 5) for loss in losses],
+        "loss_before": sum(losses[:ends]) / ends,
+        "loss_after": sum(losses[-ends:]) / ends,
+        "answers": answers,
         "rank": spec.rank,
         "trained_parameters": sum(parameter.numel() for parameter in model.trained.values()),
         "layers": len(model.layers),
@@ -183,172 +184,91 @@ def adapt(
         "documents": shown.documents,
         "sequences": len(shown.ids_NT),
         "joined": shown.joined,
-        "recomputed": trainer.recomputed,
+        "recomputed": steps.recomputed,
         "seconds": round(done.seconds, 1),
         "changed": changed,
     }
     return {"resumed": resumed, "adapt": facts}
 
 
-def rate_share(step: int, steps: int, warmup: int) -> float:
-    """Share of the highest learning rate in step 0, 1, ...: a linear rise, then a cosine down to a tenth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    passed = (step - warmup) / max(1, steps - warmup)
-    return _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + cos(pi * passed))
-
-
-class _Trainer:
-    """The optimizer's loop, in one process or in several that accelerate has started."""
+class _Steps:
+    """The gradient of each step, sequence by sequence."""
 
     def __init__(
-        self,
-        spec: AdaptSpec,
-        ids_NT: torch.Tensor,
-        retrieval: Retrieval | None,
-        folder: Path,
-        progress: Progress,
+        self, spec: AdaptSpec, ids_NT: torch.Tensor, retrieval: Retrieval | None, trainer: Trainer
     ) -> None:
-        from accelerate import Accelerator
-
         from compressor.stages.training import row_order
 
-        self._spec, self._ids_NT, self._folder, self._progress = spec, ids_NT, folder, progress
-        self._retrieval = retrieval
-        self._accelerator = Accelerator(mixed_precision="no")
+        self._spec, self._ids_NT, self._retrieval, self._trainer = spec, ids_NT, retrieval, trainer
         self._order = row_order(len(ids_NT), spec.steps * spec.sequences, spec.seed)
         self.recomputed = False
-        if spec.sequences % self._accelerator.num_processes:
-            raise UserError(
-                f"a step of {spec.sequences} sequences cannot be shared among "
-                f"{self._accelerator.num_processes} processes",
-                where="adapters.tokens_per_step",
-                fix="make it that many sequences, or a multiple",
-            )
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process computes."""
-        device: torch.device = self._accelerator.device
-        return device
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process is the one that writes files."""
-        return bool(self._accelerator.is_main_process)
-
-    def wait(self) -> None:
-        """Until all processes have come here."""
-        self._accelerator.wait_for_everyone()
 
     def run(self, model: AdaptedModel) -> tuple[Progressed, bool]:
         """All steps; how they went, and whether an earlier run had begun."""
-        import torch
-
         from compressor.stages.adapt_loss import SequenceLoss
 
-        spec, trained = self._spec, model.trained
+        spec, trainer = self._spec, self._trainer
         optimizer = self._optimizer(model)
-        found = load_state(self._folder, trained, optimizer)
-        done = found or Progressed()
-        self.recomputed = recomputes(model.config, spec.sequence_length, _WIDTH[spec.dtype], self.device.type)
+        length, width = spec.sequence_length, _WIDTH[spec.dtype]
+        self.recomputed = recomputes(model.config, length, width, trainer.device.type)
         if self.recomputed:
             model.recompute_blocks()
         with model.autocast():
             loss_of = SequenceLoss(model.whole.model, model.dtype)
-        loss_of = self._accelerator.prepare_model(loss_of)
-        self._progress.start("adapt", spec.steps, "items", done=done.step)
-        before, started = done.seconds, time.monotonic()
-        while done.step < spec.steps:
-            share = rate_share(done.step, spec.steps, spec.warmup_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = group["highest"] * share
-            loss, answers = self._backward(loss_of, model, done.step)
-            if not isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} in step {done.step + 1}",
-                    where="adapters.learning_rate",
-                    fix="lower it, or raise warmup_steps",
-                )
-            for parameter in trained.values():
-                if parameter.grad is None:
-                    # A layer that no token came through, such as an expert: its moments are saved, too.
-                    parameter.grad = torch.zeros_like(parameter)
-            torch.nn.utils.clip_grad_norm_(trained.values(), _MOST_NORM)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            done.step += 1
-            done.losses.append(loss)
-            done.answers.append(answers)
-            done.seconds = before + time.monotonic() - started
-            recent = done.losses[-_ENDS:]
-            self._progress.advance(1, note=f"loss {sum(recent) / len(recent):.4f}")
-            if done.step % spec.save_every == 0 or done.step == spec.steps:
-                self._save(trained, optimizer, done)
-        self._progress.finish(resumed=found is not None and found.step == spec.steps)
-        return done, found is not None
+        prepared = trainer.prepared(loss_of)
+        return trainer.run(model.trained, optimizer, lambda step: self._backward(prepared, model, step))
 
-    def _backward(self, loss_of: Any, model: AdaptedModel, step: int) -> tuple[float, float | None]:
+    def _backward(self, loss_of: Any, model: AdaptedModel, step: int) -> dict[str, float]:
         """Leaves the gradient of the step's loss with the parameters.
 
-        Returns the mean negative log-likelihood of its tokens, and that of answers where it asks for some.
+        Returns ``loss``: the mean negative log-likelihood of its tokens; ``asked``: 1 where it asks for
+        hidden facts, else 0; ``answers``: the same mean of the answers, 0 without.
         """
-        spec, processes = self._spec, self._accelerator.num_processes
+        spec, trainer = self._spec, self._trainer
         first = step * spec.sequences
-        numbers = range(first, first + spec.sequences)[self._accelerator.process_index :: processes]
+        numbers = trainer.share(range(first, first + spec.sequences))
         # Each sequence's first token is not predicted. Processes' gradients are averaged.
         tokens = spec.sequence_length - 1
-        share = processes / (spec.sequences * tokens)
+        share = trainer.processes / (spec.sequences * tokens)
         total, answered, asked = 0.0, 0.0, 0
         for number in numbers:
             ids_BT, weight_BT = self._sequence(number)
-            wait = nullcontext() if number == numbers[-1] else self._accelerator.no_sync(loss_of)
+            wait = nullcontext() if number == numbers[-1] else trainer.apart(loss_of)
             # On the way back too: blocks that are recomputed must find the kernels that ran before.
-            with wait, _fused_attention(self.device):
+            with wait, _fused_attention(trainer.device):
                 with model.autocast():
                     loss, plain = loss_of(ids_BT, weight_BT)
-                self._accelerator.backward(loss * share)
+                trainer.backward(loss * share)
             total += float(plain) * share
             if weight_BT is not None:
                 answered += float(loss.detach() - plain) / (ANSWER_WEIGHT * tokens)
                 asked += 1
-        answered, asked_mean = self._mean(answered), self._mean(asked)
-        return self._mean(total), answered / asked_mean if asked_mean else None
+        answered, asked_mean = trainer.mean(answered), trainer.mean(asked)
+        return {
+            "loss": trainer.mean(total),
+            "asked": float(asked_mean > 0),
+            "answers": answered / asked_mean if asked_mean else 0.0,
+        }
 
     def _sequence(self, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Ids [1, T] of the ``number``-th sequence, and weights of its tokens where they differ."""
         ids_T, answer_T = self._ids_NT[self._order[number]].long(), None
+        device = self._trainer.device
         if self._retrieval is not None:
             ids_T, answer_T = self._retrieval.hide(ids_T, number)
         if answer_T is None:
-            return ids_T[None].to(self.device), None
+            return ids_T[None].to(device), None
         # The answers' mean counts ``ANSWER_WEIGHT`` beside the mean of all tokens.
         extra = ANSWER_WEIGHT * (len(ids_T) - 1) / int(answer_T.sum())
-        return ids_T[None].to(self.device), (1 + extra * answer_T.float())[None].to(self.device)
-
-    def _mean(self, value: float) -> float:
-        """Over all processes."""
-        import torch
-
-        if self._accelerator.num_processes == 1:
-            return value
-        return float(self._accelerator.reduce(torch.tensor(float(value), device=self.device), "mean"))
+        return ids_T[None].to(device), (1 + extra * answer_T.float())[None].to(device)
 
     def _optimizer(self, model: AdaptedModel) -> torch.optim.Optimizer:
-        import torch
-
         direct = {id(parameter) for parameter in model.direct.values()}
         adapters = [parameter for parameter in model.trained.values() if id(parameter) not in direct]
-        groups: list[dict[str, Any]] = [{"params": adapters, "highest": self._spec.learning_rate}]
+        groups = [(adapters, self._spec.learning_rate)]
         if direct:
-            groups.append({"params": [*model.direct.values()], "highest": self._spec.direct_learning_rate})
-        # Without weight decay: what is trained is small, or would be pulled to zero from where it was.
-        fused = self.device.type == "cuda"
-        return torch.optim.AdamW(groups, lr=1.0, betas=_BETAS, weight_decay=0.0, fused=fused)
-
-    def _save(self, trained: Mapping[str, Any], optimizer: torch.optim.Optimizer, done: Progressed) -> None:
-        if self.writes:
-            save_state(self._folder, trained, optimizer, done)
+            groups.append(([*model.direct.values()], self._spec.direct_learning_rate))
+        return self._trainer.optimizer(groups)
 
 
 @contextmanager

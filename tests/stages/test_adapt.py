@@ -20,10 +20,11 @@ from compressor.errors import CheckpointError, UserError
 from compressor.model.load import load_source_model
 from compressor.progress import Silent
 from compressor.stages import adapt_loss
-from compressor.stages.adapt import AdaptSpec, adapt_stage, rate_share
+from compressor.stages.adapt import AdaptSpec, adapt_stage
 from compressor.stages.adapt_loss import SequenceLoss
 from compressor.stages.adapt_memory import attention_width
 from compressor.stages.adapt_model import AdaptedModel
+from compressor.stages.trainer import rate_share
 from compressor.workspace import file_sha256
 from tests.checkpoint.tiny_gguf import tiny_gguf
 from tests.model.zoo import FAMILIES
