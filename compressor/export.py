@@ -69,6 +69,29 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
+def check_target(output: Path, recipe_yaml: str, key: str) -> None:
+    """Refuses, before hours are spent, an output folder that the result could not go to.
+
+    Raises:
+        UserError: it cannot be made, or holds something else.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the output folder cannot be made: {error.strerror}",
+            where=str(output),
+            fix="choose another --output",
+        ) from error
+    refuse_foreign(output)
+    if exported(output) is not None and not already_exported(output, recipe_yaml, key):
+        raise UserError(
+            "the output folder holds the result of another recipe, source or version",
+            where=str(output),
+            fix="choose another --output, or move it away",
+        )
+
+
 @contextmanager
 def export_folder(space: Workspace, target: Path, checkpoint: Path) -> Iterator[Path]:
     """A folder with the checkpoint's files to add to; it becomes ``target`` when the block ends well.
@@ -108,7 +131,9 @@ def _add(file: Path, folder: Path) -> None:
     if file.name == STAGE_FILE:
         return
     if file.is_dir():
-        shutil.copytree(file, folder / file.name)
+        (folder / file.name).mkdir()
+        for inner in sorted(file.iterdir()):
+            _add(inner, folder / file.name)
     elif file.suffix == ".safetensors":
         link_or_copy(file, folder / file.name)
     else:

@@ -3,59 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from compressor.budget.gates import check_gates
 from compressor.errors import GateError, UserError
 from compressor.evals.base import EvalResult
-from compressor.export import (
-    already_exported,
-    describe,
-    export_folder,
-    exported,
-    failed_folder,
-    refuse_foreign,
-)
+from compressor.export import already_exported, check_target, describe, export_folder, failed_folder
 from compressor.meter import metered
 from compressor.model.aliases import linear_aliases
 from compressor.model.load import check_known
+from compressor.pipeline import Stage, stages_of
 from compressor.planner.adapter_result import adapter_facts
-from compressor.planner.calibrated import walk_key
 from compressor.planner.context_result import context_facts
-from compressor.planner.evaluated import measured_content
+from compressor.planner.draft_result import draft_facts
 from compressor.planner.keys import stream_key
 from compressor.planner.kv_result import told_kv
-from compressor.planner.oneshot import oneshot_key
 from compressor.planner.plan import Plan
-from compressor.planner.polished import polish_key
 from compressor.planner.relocated import recipe_seen_from
-from compressor.planner.staged import base_source, scaled_source, trained_source, weights_source
 from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
 from compressor.report.manifest import Manifest, write_manifest
 from compressor.report.model import Report, StageCost, load_report
-from compressor.stages.adapt import adapt_stage
-from compressor.stages.adapt_files import copy_adapter
-from compressor.stages.assemble import assemble
-from compressor.stages.context import context_stage
-from compressor.stages.evaluate import check_tokens, evaluate_stage, measure, reload
-from compressor.stages.kv import kv_stage
+from compressor.stages.drafts import name_verifier
+from compressor.stages.evaluate import check_tokens, measure, reload
 from compressor.stages.kv_export import result_names
-from compressor.stages.oneshot import check_oneshot, oneshot_stage
-from compressor.stages.polish import polish_stage
+from compressor.stages.oneshot import check_oneshot
 from compressor.stages.receipts import all_receipts
-from compressor.stages.stream import stream
-from compressor.stages.walk import walk_stage
-from compressor.stages.walked import WalkedTensors
 from compressor.summary import package_versions, summarize
-from compressor.workspace import stage_key
-
-ASSEMBLE_VERSION = 1
-EVALUATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -86,15 +63,6 @@ class RunResult:
             raise GateError(f"{'; '.join(failed)}; the result is kept in {self.output}")
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """One step: its name, content key, and the work that fills the folder it is given."""
-
-    name: str
-    key: str
-    work: Callable[[Path], Mapping[str, Any]]
-
-
 def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult:
     """Runs the plan; finished stages are taken from the workspace, finished exports are left as they are.
 
@@ -116,7 +84,7 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
             if not fresh and already_exported(done, recipe_yaml, stages[-1].key):
                 progress.log(f"{done} already holds this recipe's result")
                 return RunResult(done, load_report(done))
-        _check_target(plan, recipe_yaml, stages[-1].key)
+        check_target(plan.output, recipe_yaml, stages[-1].key)
         check_known(plan.source)
         costs = []
         with _placed(plan):
@@ -178,129 +146,18 @@ def evaluate_again(plan: Plan, progress: Progress) -> EvalResult:
     return measure(plan.source, plan.output, result, plan.evaluation, progress)
 
 
-def _stages(plan: Plan, progress: Progress) -> list[_Stage]:
-    space = plan.workspace
-    walk = plan.walk
-    zeroth = None if walk is None else walk_key(walk, plan.claims, plan.weights_source)
-    found = None if zeroth is None else space.artefact("walk", zeroth)
-    polish = None
-    if plan.polish is not None and zeroth is not None:
-        polish = _polish(plan, zeroth, progress)
-        found = space.artefact(polish.name, polish.key)
-    oneshot = _oneshot(plan, progress)
-    if oneshot is not None:
-        found = space.artefact(oneshot.name, oneshot.key)
-    first = stream_key(plan)
-    kv = _kv(plan, progress)
-    adapt = _adapt(plan, progress)
-    needs = [first] if kv is None else [first, kv.key]
-    # Merged adapters are in the weights.
-    needs += [adapt.key] if adapt is not None and plan.base_source == plan.scaled_source else []
-    second = stage_key("assemble", ASSEMBLE_VERSION, {}, needs)
-    streamed, checkpoint = space.artefact("stream", first), space.artefact("assemble", second)
-    spec = plan.evaluation
-    third = stage_key("evaluate", EVALUATE_VERSION, measured_content(plan.evaluation), [second])
-
-    def run_stream(folder: Path) -> Mapping[str, Any]:
-        walked = None if found is None else WalkedTensors(found)
-        shards, dialect, evict = plan.shards, plan.dialect, plan.evicts
-        return {
-            "resumed": stream(weights_source(plan), shards, dialect, folder, progress, walked, evict=evict)
-        }
-
-    def run_assemble(folder: Path) -> Mapping[str, Any]:
-        heard = None if kv is None else space.artefact(kv.name, kv.key)
-        assemble(base_source(plan), plan.shards, plan.dialect, streamed, folder, heard)
-        if adapt is not None:
-            copy_adapter(space.artefact(adapt.name, adapt.key), folder)
-        return {}
-
-    def run_evaluate(folder: Path) -> Mapping[str, Any]:
-        bounds = plan.loaded.recipe.workspace
-        most = bounds.max_memory_bytes if bounds is not None else None
-        apart = plan.context is not None and plan.context.measured_tokens
-        scaled = scaled_source(plan) if apart else None
-        return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress, most, scaled, folder)
-
-    before = [stage for stage in (_context(plan, progress), adapt, kv) if stage is not None]
-    stages = [
-        _Stage("stream", first, run_stream),
-        _Stage("assemble", second, run_assemble),
-        _Stage("evaluate", third, run_evaluate),
-    ]
-    if oneshot is not None:
-        return [*before, oneshot, *stages]
-    if walk is None or zeroth is None:
-        return [*before, *stages]
-
-    def run_walk(folder: Path) -> Mapping[str, Any]:
-        shown, how, evict = walk.calibration, walk.walk, plan.evicts
-        return walk_stage(weights_source(plan), plan.claims, shown, how, folder, progress, evict=evict)
-
-    walked = [*before, _Stage("walk", zeroth, run_walk)]
-    return [*walked, *stages] if polish is None else [*walked, polish, *stages]
+def _stages(plan: Plan, progress: Progress) -> list[Stage]:
+    return stages_of(plan, progress, lambda within: _made(within, progress))
 
 
-def _context(plan: Plan, progress: Progress) -> _Stage | None:
-    """The first stage, where positions are scaled."""
-    planned = plan.context
-    if planned is None:
-        return None
-
-    def run_context(folder: Path) -> Mapping[str, Any]:
-        return context_stage(plan.source, planned.job, folder, progress)
-
-    return _Stage("context", planned.key(plan.source.fingerprint), run_context)
+def _made(plan: Plan, progress: Progress) -> Path:
+    """The checkpoint of a plan within another's, without what describes its run."""
+    execute(plan, progress)
+    stage = next(stage for stage in _stages(plan, progress) if stage.name == "assemble")
+    return plan.workspace.artefact(stage.name, stage.key)
 
 
-def _adapt(plan: Plan, progress: Progress) -> _Stage | None:
-    """The stage after it that trains adapters."""
-    planned = plan.adapters
-    if planned is None:
-        return None
-
-    spec, key = planned.spec, planned.key(plan.scaled_source)
-    return _Stage("adapt", key, lambda folder: adapt_stage(trained_source(plan), spec, folder, progress))
-
-
-def _kv(plan: Plan, progress: Progress) -> _Stage | None:
-    """The stage before the weights that fits what the KV cache needs."""
-    planned = plan.kv_stage
-    if planned is None:
-        return None
-
-    def run_kv(folder: Path) -> Mapping[str, Any]:
-        return kv_stage(base_source(plan), planned.job, planned.calibration, folder, progress)
-
-    return _Stage("kv", planned.key(plan.base_source), run_kv)
-
-
-def _oneshot(plan: Plan, progress: Progress) -> _Stage | None:
-    """The stage in the walk's place where llm-compressor chooses the values."""
-    oneshot = plan.oneshot
-    if oneshot is None:
-        return None
-
-    def run_oneshot(folder: Path) -> Mapping[str, Any]:
-        return oneshot_stage(base_source(plan), plan.claims, oneshot.calibration, folder, progress)
-
-    return _Stage("oneshot", oneshot_key(oneshot, plan.claims, plan.base_source), run_oneshot)
-
-
-def _polish(plan: Plan, walked: str, progress: Progress) -> _Stage:
-    """The stage after the walk, whose key is ``walked``."""
-    assert plan.polish is not None
-    assert plan.walk is not None
-    calibration, spec = plan.walk.calibration, plan.polish.spec
-
-    def run_polish(folder: Path) -> Mapping[str, Any]:
-        artefact = plan.workspace.artefact("walk", walked)
-        return polish_stage(weights_source(plan), plan.claims, calibration, spec, artefact, folder, progress)
-
-    return _Stage("polish", polish_key(plan.polish, walked), run_polish)
-
-
-def _resume_or_execute(plan: Plan, stage: _Stage, progress: Progress) -> StageCost:
+def _resume_or_execute(plan: Plan, stage: Stage, progress: Progress) -> StageCost:
     space = plan.workspace
     if space.finished(stage.name, stage.key):
         progress.log(f"{stage.name}: already done")
@@ -321,7 +178,7 @@ def _resume_or_execute(plan: Plan, stage: _Stage, progress: Progress) -> StageCo
 
 
 def _export(
-    plan: Plan, recipe_yaml: str, stages: list[_Stage], costs: list[StageCost], progress: Progress
+    plan: Plan, recipe_yaml: str, stages: list[Stage], costs: list[StageCost], progress: Progress
 ) -> RunResult:
     """Adds report, page, card and manifest to the checkpoint, and lets the output folder appear."""
     space = plan.workspace
@@ -335,10 +192,11 @@ def _export(
     walked = calibrated["calibration"] if calibrated else None
     if walked is not None and plan.polish is not None:
         walked = walked | {"polish": shown["polish"]["polish"]}
+    checkpoint = artefacts.get("drafts", artefacts["assemble"])
     report = summarize(
         plan,
         artefacts["stream"],
-        artefacts["assemble"],
+        checkpoint,
         facts["evaluation"],
         walked,
         gates,
@@ -349,8 +207,10 @@ def _export(
         if plan.context is not None
         else None,
         adapter_facts(plan, shown),
+        draft_facts(plan, shown),
     )
-    with export_folder(space, result_folder, artefacts["assemble"]) as folder:
+    with export_folder(space, result_folder, checkpoint) as folder:
+        name_verifier(folder, report.serve.model)
         describe(folder, report, recipe_yaml)
         manifest = write_manifest(
             folder,
@@ -360,17 +220,20 @@ def _export(
             seed=plan.loaded.recipe.seed,
             progress=progress,
         )
-        _check_shards(plan, stages, manifest, artefacts["stream"])
+        replaced = shown["drafts"]["drafts"]["replaced"] if plan.drafts is not None else {}
+        _check_shards(plan, stages, manifest, artefacts["stream"], replaced)
     progress.log(f"exported to {result_folder}")
     return RunResult(result_folder, report)
 
 
-def _check_shards(plan: Plan, stages: list[_Stage], manifest: Manifest, streamed: Path) -> None:
-    """Compares what is about to be exported with what was hashed when it was written."""
+def _check_shards(
+    plan: Plan, stages: list[Stage], manifest: Manifest, streamed: Path, replaced: Mapping[str, str]
+) -> None:
+    """Compares what is about to be exported with what was hashed when it was written, or ``replaced``."""
     scales = plan.kv_stage is not None and bool(plan.kv_stage.job.scales)
     names, _ = result_names(len(plan.shards), scales=scales)
     for name, receipt in zip(names, all_receipts(streamed), strict=True):
-        if manifest.files[name].sha256 != receipt["sha256"]:
+        if manifest.files[name].sha256 != replaced.get(name, receipt["sha256"]):
             for stage in stages:
                 plan.workspace.discard(stage.name, stage.key)
             raise UserError(
@@ -378,22 +241,3 @@ def _check_shards(plan: Plan, stages: list[_Stage], manifest: Manifest, streamed
                 where=name,
                 fix="run again: the stage will be done anew",
             )
-
-
-def _check_target(plan: Plan, recipe_yaml: str, key: str) -> None:
-    """Refuses, before hours are spent, an output folder that the result could not go to."""
-    try:
-        plan.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the output folder cannot be made: {error.strerror}",
-            where=str(plan.output),
-            fix="choose another --output",
-        ) from error
-    refuse_foreign(plan.output)
-    if exported(plan.output) is not None and not already_exported(plan.output, recipe_yaml, key):
-        raise UserError(
-            "the output folder holds the result of another recipe, source or version",
-            where=str(plan.output),
-            fix="choose another --output, or move it away",
-        )

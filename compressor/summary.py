@@ -29,6 +29,7 @@ from compressor.report.calibration import (
     SmoothedMatrix,
 )
 from compressor.report.context import ContextFacts
+from compressor.report.drafts import DraftFacts
 from compressor.report.kv import KvFacts
 from compressor.report.long import long_facts
 from compressor.report.model import (
@@ -82,6 +83,7 @@ def summarize(
     kv: KvFacts | None = None,
     context: ContextFacts | None = None,
     adapters: AdapterFacts | None = None,
+    drafts: DraftFacts | None = None,
 ) -> Report:
     """The report of a run, from the artefact folders of its stages.
 
@@ -89,7 +91,7 @@ def summarize(
     ``seed``, ``dtype``, and ``polish`` if one followed), or None where none was needed. ``output`` is where
     the checkpoint will be: below the current folder it is named relative to it. ``kv``: its cache, if the
     recipe says how it is stored. ``context``: how its positions are scaled, if they are. ``adapters``: what
-    was trained on long documents, if anything was.
+    was trained on long documents, if anything was. ``drafts``: what proposes tokens for it.
     """
     prediction = plan.prediction
     schemes = _by_scheme(plan.claims)
@@ -123,11 +125,7 @@ def summarize(
         ),
         stages=tuple(costs),
         versions=package_versions(),
-        device=Device(
-            name=device.device_name(),
-            cores=psutil.cpu_count(logical=True) or 1,
-            memory_bytes=psutil.virtual_memory().total,
-        ),
+        device=_device(),
         serve=serve_facts(
             _shown(output),
             schemes,
@@ -136,6 +134,7 @@ def summarize(
             kv,
             None if context is None else context.length,
             adapters,
+            drafts,
         ),
         files={
             path.relative_to(checkpoint).as_posix(): path.stat().st_size
@@ -147,6 +146,15 @@ def summarize(
         context=context,
         long=long_facts(evaluation["long"]) if evaluation and "long" in evaluation else None,
         adapters=adapters,
+        drafts=drafts,
+    )
+
+
+def _device() -> Device:
+    return Device(
+        name=device.device_name(),
+        cores=psutil.cpu_count(logical=True) or 1,
+        memory_bytes=psutil.virtual_memory().total,
     )
 
 

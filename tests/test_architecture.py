@@ -18,12 +18,13 @@ LEVELS: list[set[str]] = [
     {"api", "__init__"},
     {"smoke"},
     {"runner"},
+    {"pipeline"},
     {"summary", "export", "compare", "verify", "serving"},
     {"planner", "report"},
     {"recipe"},
     {"stages"},
     {"calibration"},
-    {"schemes", "solvers", "dialects", "kv", "rope", "evals", "budget"},
+    {"schemes", "solvers", "dialects", "kv", "rope", "drafts", "evals", "budget"},
     {"model", "checkpoint"},
     {"data", "workspace", "meter", "device", "progress"},
     {"spec", "errors"},
@@ -31,7 +32,7 @@ LEVELS: list[set[str]] = [
     {"numerics"},
 ]
 # Neighbours that may see each other, and the files through which they meet.
-PLUGIN_ROOMS = {"schemes", "solvers", "dialects", "kv", "rope", "evals", "budget"}
+PLUGIN_ROOMS = {"schemes", "solvers", "dialects", "kv", "rope", "drafts", "evals", "budget"}
 # Each of these is named in one file only: everything else asks that file.
 SINGLE_HOMES = {
     "lm_eval": "evals/tasks.py",

@@ -9,11 +9,13 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
+from compressor.drafts.spec import Kind
 from compressor.kv.formats import FORMATS
 from compressor.model.families import BUILTINS
 from compressor.recipe.adapters import AdaptersSection
 from compressor.recipe.calibration import CalibrationSection, DatasetSection
 from compressor.recipe.context_search import SearchSection
+from compressor.recipe.drafts import DraftMeasureSection, DraftsSection, DraftTrainSection
 from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
 from compressor.recipe.model import ModelSection, WorkspaceSection
 from compressor.recipe.polish import PolishSection
@@ -26,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 CALIBRATION = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8").partition("## What verify")[0]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTEXT = (ROOT / "docs" / "context.md").read_text(encoding="utf-8")
+DRAFTS = (ROOT / "docs" / "drafts.md").read_text(encoding="utf-8")
 FAMILIES = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
 
 
@@ -112,3 +115,11 @@ def test_context() -> None:
     assert blocks
     for block in blocks:
         exec(compile(block, "docs/context.md", "exec"), {})
+
+
+@pytest.mark.parametrize("section", [DraftsSection, DraftTrainSection, DraftMeasureSection])
+def test_draft_keys(section: type[BaseModel]) -> None:
+    """All of them have a row, and every kind is there."""
+    rows = _rows(DRAFTS)
+    assert section.model_fields.keys() <= rows.keys()
+    assert set(get_args(Kind)) <= rows.keys()

@@ -43,8 +43,23 @@ def open_documents(dataset: DatasetSpec, tokens: int, seed: int) -> Sequence[Row
         return _from_hub(dataset, tokens, seed)
     assert dataset.path is not None
     if is_json_lines(dataset.path):
-        return _JsonLines(dataset.path, dataset.field)
+        found = _JsonLines(dataset.path, dataset.field)
+        return _WithoutEvery(found, dataset.held_out_every) if dataset.held_out_every else found
     return [read_text(dataset.path)]
+
+
+class _WithoutEvery(Sequence[Row]):
+    """The documents but for the last of so many."""
+
+    def __init__(self, documents: Sequence[Row], every: int) -> None:
+        self._documents = documents
+        self._kept = [number for number in range(len(documents)) if number % every != every - 1]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._documents[self._kept[index]]
 
 
 class _JsonLines(Sequence[Row]):

@@ -30,6 +30,7 @@ class DatasetSpec:
         field: what holds a document in a JSON line or a Hub row; None is ``text``, else ``messages``.
         weight: its share of the tokens, relative to the others'.
         template: whether documents pass through the tokenizer's chat template; None: conversations do.
+        held_out_every: the last of so many documents is left out; 0 for none.
     """
 
     name: str
@@ -42,16 +43,18 @@ class DatasetSpec:
     field: str | None = None
     weight: float = 1.0
     template: Template | None = None
+    held_out_every: int = 0
 
     @property
     def content(self) -> Mapping[str, Any]:
         """JSON-able: which documents these are, wherever the file lies."""
         facts = asdict(self)
-        return {
+        told = {
             name: facts[name]
             for name in ("sha256", "hub", "subset", "revision", "split", "field")
             if facts[name] is not None
         }
+        return told | ({"held_out_every": self.held_out_every} if self.held_out_every else {})
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def command(
         },
         "context_scaling": plan.context and plan.context.to_json(),
         "adapters": plan.adapters and plan.adapters.to_json(),
+        "drafts": plan.drafts and plan.drafts.to_json(),
         "family": plan.family,
         "inferred": plan.inferred,
         "rules": [dataclasses.asdict(row) for row in plan.rows],

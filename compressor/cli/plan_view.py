@@ -44,6 +44,8 @@ def print_plan(plan: Plan) -> None:
     if plan.oneshot is not None:
         how = "by llm-compressor, the model in memory"
         console.print(_titled("data", _shown(plan.oneshot.calibration), how))
+    if plan.drafts is not None:
+        console.print(_titled("drafts", *plan.drafts.described()))
     if plan.long is not None:
         console.print(_titled("long", *plan.long.described()))
     # A path must survive copying.

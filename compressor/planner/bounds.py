@@ -13,6 +13,7 @@ from compressor.planner.calibrated import WalkPlan
 from compressor.planner.context import ContextPlan
 from compressor.planner.context_search import SearchPlan
 from compressor.planner.disk import bounded
+from compressor.planner.drafted import DraftPlan
 from compressor.planner.kv_job import KvStage
 from compressor.planner.oneshot import OneshotPlan
 from compressor.planner.places import check_memory
@@ -33,6 +34,7 @@ class Parts:
     polish: PolishPlan | None
     kv: KvStage | None
     context: ContextPlan | None = None
+    drafts: DraftPlan | None = None
 
     @property
     def search(self) -> SearchPlan | None:
@@ -49,6 +51,7 @@ class Parts:
             "weights.polish": self.polish,
             "kv_cache": self.kv and self.kv.walk,
             "context.search": self.search,
+            "drafts": self.drafts,
         }
         return ", ".join(name for name, part in parts.items() if part is not None)
 
@@ -71,7 +74,15 @@ def predict_bounded(
     download = 0 if files is None else sum(files.file_bytes.values())
     units = [unit for shard in shards for unit in shard.units]
     prediction = predict(claims, units, source.config, download)
-    for part in (parts.adapters, parts.walk, parts.oneshot, parts.polish, parts.kv, parts.search):
+    for part in (
+        parts.adapters,
+        parts.walk,
+        parts.oneshot,
+        parts.polish,
+        parts.kv,
+        parts.search,
+        parts.drafts,
+    ):
         if part is not None:
             prediction = part.add_to(prediction)
     check_memory(prediction.peak_rss_bytes, claims, parts.evaluation, bounds.max_memory_bytes, faults)

@@ -20,7 +20,12 @@ from compressor.stages.base import Claim
 
 
 def claimed(
-    loaded: LoadedRecipe, given: Source, source: Source, dialect: Dialect, faults: list[UserError]
+    loaded: LoadedRecipe,
+    given: Source,
+    source: Source,
+    dialect: Dialect,
+    faults: list[UserError],
+    may_copy_all: bool = False,
 ) -> list[Claim]:
     """The claims on a source.
 
@@ -30,6 +35,7 @@ def claimed(
         source: as stages read it.
         dialect: how the result is spelled.
         faults: found so far.
+        may_copy_all: whether rules may leave all weights in 16 bit, though nothing else changes them.
 
     Raises:
         PlanError: there are faults: nothing more can be planned.
@@ -45,7 +51,8 @@ def claimed(
             recipe.weights,
             dialect,
             kept,
-            may_copy_all=recipe.context is not None or recipe.adapters is not None,
+            may_copy_all=may_copy_all
+            or any(section is not None for section in (recipe.context, recipe.adapters, recipe.drafts)),
         ),
     )
     if claims is None or faults:

@@ -31,6 +31,7 @@ from compressor.planner.context import (
     planned_reach,
     settled_context,
 )
+from compressor.planner.drafted import DraftPlan, settled_drafts
 from compressor.planner.evaluated import evaluation_spec
 from compressor.planner.evaluated_long import LongCost, long_cost, long_warnings
 from compressor.planner.faults import collect
@@ -53,7 +54,7 @@ from compressor.rope.checked import check_positions
 from compressor.stages.base import Claim, Shard, needs_data
 from compressor.stages.evaluate import memory_needed
 from compressor.stages.modules import modules_of
-from compressor.workspace import Workspace
+from compressor.workspace import Workspace, stage_key
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Plan:
         walk: the calibrated part, or None where nothing needs data.
         oneshot: what takes the walk's place where llm-compressor chooses the values, or None.
         polish: the distillation after it, or None where the recipe asks for none.
+        drafts: what proposes tokens for the result, or None.
         prediction: bytes, memory, disk, time, GPUs.
         kv: how the KV cache is to be stored, or None where the recipe does not say.
         kv_stage: what is done for it before the weights.
@@ -100,6 +102,7 @@ class Plan:
     walk: WalkPlan | None
     oneshot: OneshotPlan | None
     polish: PolishPlan | None
+    drafts: DraftPlan | None
     prediction: Prediction
     kv: KvPlanned | None
     kv_stage: KvStage | None
@@ -149,6 +152,7 @@ def make_plan(
     workspace: Path | None = None,
     planning: bool = True,
     allow_code: bool = False,
+    may_copy_all: bool = False,
 ) -> Plan:
     """Plans a recipe.
 
@@ -160,6 +164,7 @@ def make_plan(
         planning: True allows shipped headers in place of an unreachable source, and skips checks of this
             machine's disk.
         allow_code: whether a run may import and call ``model.factory``; planning never does.
+        may_copy_all: whether rules may leave all weights in 16 bit, though nothing else changes them.
 
     Raises:
         PlanError: every fault found.
@@ -174,7 +179,7 @@ def make_plan(
     source = configured_source(context, given)
     evaluation = collect(faults, lambda: evaluation_spec(loaded, source.config, given.config))
     family, dialect = family_for(source.config), DIALECTS[recipe.export.format]
-    claims, warnings = settle_solvers(claimed(loaded, given, source, dialect, faults))
+    claims, warnings = settle_solvers(claimed(loaded, given, source, dialect, faults, may_copy_all))
     faults += solving_faults(claims, source, dialect, polished=recipe.weights.polish is not None)
     kv = None if recipe.kv_cache is None else plan_kv(recipe.kv_cache, source.config, faults, warnings)
     calibration = _calibration(loaded, source, claims, evaluation, kv, faults, warnings, planning)
@@ -186,7 +191,8 @@ def make_plan(
     changed = (adapters is not None and adapters.spec.merge) or (kv_stage is not None and kv_stage.job.folds)
     context = settled_context(context, claims, source.config, evaluation, warnings, changed=changed)
     shards = tuple(pack_shards(group_units(claims), recipe.export.max_shard_bytes))
-    parts = Parts(evaluation, adapters, walk, oneshot, polish, kv_stage, context)
+    drafts = _drafts(loaded, source, claims, evaluation, space, faults, warnings, planning)
+    parts = Parts(evaluation, adapters, walk, oneshot, polish, kv_stage, context, drafts)
     prediction, evicts = predict_bounded(recipe.workspace, source, claims, shards, parts, faults, warnings)
     warnings[:0] = _warnings(loaded, given, prediction.result_bytes)
     warnings += [*dialect.warnings(modules_of(source, claims)), *long_warnings(evaluation, claims, source)]
@@ -206,6 +212,7 @@ def make_plan(
         walk=walk,
         oneshot=oneshot,
         polish=polish,
+        drafts=drafts,
         prediction=prediction,
         kv=kv,
         kv_stage=kv_stage,
@@ -217,10 +224,15 @@ def make_plan(
         warnings=tuple(warnings),
         evicts=evicts,
     )
+    return _checked(plan, source, faults, planning=planning)
+
+
+def _checked(plan: Plan, source: Source, faults: list[UserError], *, planning: bool) -> Plan:
+    """The plan, if nothing is wrong with it."""
     if not planning:
-        check_disk(prediction, source, output, space, own_stages(plan), faults)
+        check_disk(plan.prediction, source, plan.output, plan.workspace, own_stages(plan), faults)
     if faults:
-        raise PlanError(placed(faults, loaded))
+        raise PlanError(placed(faults, plan.loaded))
     return plan
 
 
@@ -267,7 +279,8 @@ def _calibration(
     if spec is None:
         return None
     if not needed:
-        warnings.append("calibration has no effect: no scheme or solver of this recipe needs data")
+        if loaded.recipe.drafts is None:
+            warnings.append("calibration has no effect: no scheme or solver of this recipe needs data")
         return spec
     faults += check_calibration(spec, evaluation.texts if evaluation else {}, longest)
     faults += image_faults(spec, source, claims, polished=loaded.recipe.weights.polish is not None)
@@ -348,6 +361,28 @@ def _kv_stage(
     if stage.walk is not None and not any(needs_data(claim) for claim in claims):
         faults += walk_faults(claims, source.config, source.label)
     return stage
+
+
+def _drafts(
+    loaded: LoadedRecipe,
+    source: Source,
+    claims: Sequence[Claim],
+    evaluation: EvalSpec | None,
+    space: Workspace,
+    faults: list[UserError],
+    warnings: list[str],
+    planning: bool,
+) -> DraftPlan | None:
+    """What proposes tokens for the result, if anything does; adds what it finds."""
+    place = space.root / "draft"
+
+    def plan_model(draft: LoadedRecipe) -> Plan:
+        # Apart from this run's workspace, whose lock is held while the draft model is made.
+        own = place / stage_key("draft", 1, draft.recipe.model_dump(mode="json"), [])
+        output, workspace = own / "result", own / "workspace"
+        return make_plan(draft, output=output, workspace=workspace, planning=planning, may_copy_all=True)
+
+    return settled_drafts(loaded, source, claims, evaluation, plan_model, faults, warnings, planning=planning)
 
 
 def _warnings(loaded: LoadedRecipe, source: Source, result_bytes: int) -> list[str]:

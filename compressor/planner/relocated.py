@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 def recipe_seen_from(folder: Path, plan: Plan) -> Recipe:
     """The recipe with relative files named from ``folder``, so that the copy exported there runs too."""
     recipe = plan.loaded.recipe
-    source = recipe.model.source
-    local = plan.source.model_dir() if plan.source.revision is None else None
-    if local is not None and not source.startswith("pkg:") and not Path(source).is_absolute():
-        moved = os.path.relpath(local / (plan.source.gguf_file() or ""), folder)
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": moved})})
+    model = recipe.model.model_copy(update={"source": _source_seen_from(folder, plan)})
+    recipe = recipe.model_copy(update={"model": model})
     recipe = _with_documents(recipe, plan, folder)
     spec = plan.evaluation
     given = recipe.evaluate is not None and not Path(recipe.evaluate.text).is_absolute()
@@ -38,10 +35,23 @@ def recipe_seen_from(folder: Path, plan: Plan) -> Recipe:
         documents = documents_from(folder, plan.adapters.spec.documents)
         section = recipe.adapters.model_copy(update={"documents": documents})
         recipe = recipe.model_copy(update={"adapters": section})
+    if recipe.drafts is not None and plan.drafts is not None and plan.drafts.model is not None:
+        moved = _source_seen_from(folder, plan.drafts.model)
+        drafts = recipe.drafts.model_copy(update={"model": moved})
+        recipe = recipe.model_copy(update={"drafts": drafts})
     if plan.calibration is not None:
         seen = seen_from(folder, recipe.calibration, plan.calibration)
         recipe = recipe.model_copy(update={"calibration": seen})
     return recipe
+
+
+def _source_seen_from(folder: Path, plan: Plan) -> str:
+    """What the plan reads, a local path named from ``folder``."""
+    named = plan.loaded.recipe.model.source
+    local = plan.source.model_dir() if plan.source.revision is None else None
+    if local is None or named.startswith("pkg:") or Path(named).is_absolute():
+        return named
+    return os.path.relpath(local / (plan.source.gguf_file() or ""), folder)
 
 
 def _with_documents(recipe: Recipe, plan: Plan, folder: Path) -> Recipe:

@@ -15,6 +15,7 @@ from compressor.dialects.base import DialectName
 from compressor.recipe.adapters import AdaptersSection
 from compressor.recipe.calibration import CalibrationSection
 from compressor.recipe.context import ContextSection
+from compressor.recipe.drafts import DraftsSection
 from compressor.recipe.evaluate_long import LongSection
 from compressor.recipe.fields import (
     Bytes,
@@ -41,7 +42,6 @@ from compressor.solvers import SolverField, parse_solver
 
 # Keys that the language reserves and that no stage serves yet: path in the recipe -> how faults name it.
 RESERVED: dict[tuple[str, ...], str] = {
-    ("drafts",): "section 'drafts'",
     ("publish",): "section 'publish'",
 }
 
@@ -275,6 +275,11 @@ class Recipe(Section):
         default=None,
         exclude_if=is_none,
         description="How the KV cache is stored; by default in 16 bit, and nothing is fitted or folded.",
+    )
+    drafts: DraftsSection | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="What proposes tokens ahead of the result, which verifies them; by default nothing.",
     )
     calibration: CalibrationSection | None = Field(
         default=None,

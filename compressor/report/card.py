@@ -33,6 +33,17 @@ from compressor.report.context import (
     context_rows,
     search_rows,
 )
+from compressor.report.decoding import DECODING_HEADS
+from compressor.report.drafts import (
+    DRAFT_HEADS,
+    HELD_OUT_HEADS,
+    DraftFacts,
+    decoded_rows,
+    draft_caption,
+    draft_notes,
+    draft_rows,
+    held_out_rows,
+)
 from compressor.report.kv import (
     KV_HEADS,
     KV_QUALITY_HEADS,
@@ -76,6 +87,7 @@ def render_card(report: Report, recipe_yaml: str) -> str:
         *([_calibration(report, report.calibration)] if report.calibration else []),
         *([_long(report.long)] if report.long else []),
         *([_kv(report.kv)] if report.kv else []),
+        *([_drafts(report.drafts)] if report.drafts else []),
         _serving(report),
         _verified(report),
         _evaluation(report),
@@ -204,6 +216,18 @@ def _kv(facts: KvFacts) -> str:
     notes = kv_notes(facts)
     if notes:
         parts.append("\n".join(f"- {escape(note)}" for note in notes))
+    return "\n\n".join(parts)
+
+
+def _drafts(facts: DraftFacts) -> str:
+    parts = ["## Drafts", _caption(draft_caption(facts))]
+    if decoded := decoded_rows(facts):
+        parts.append(_table(DECODING_HEADS, decoded, left=3))
+    if measured := held_out_rows(facts):
+        parts.append(_table(HELD_OUT_HEADS, measured))
+    if trained := draft_rows(facts):
+        parts.append(_table(DRAFT_HEADS, trained))
+    parts.append("\n".join(f"- {escape(note)}" for note in draft_notes(facts)))
     return "\n\n".join(parts)
 
 

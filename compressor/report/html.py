@@ -21,6 +21,17 @@ from compressor.report.context import (
     context_rows,
     search_rows,
 )
+from compressor.report.decoding import DECODING_HEADS
+from compressor.report.drafts import (
+    DRAFT_HEADS,
+    HELD_OUT_HEADS,
+    DraftFacts,
+    decoded_rows,
+    draft_caption,
+    draft_notes,
+    draft_rows,
+    held_out_rows,
+)
 from compressor.report.experts import EXPERT_HEADS, expert_rows
 from compressor.report.kv import KV_HEADS, KV_QUALITY_HEADS, kv_caption, kv_notes, kv_quality_rows, kv_rows
 from compressor.report.long import LongFacts, long_caption, long_tables, places
@@ -94,6 +105,7 @@ def render_html(report: Report) -> str:
         kv_quality_heads=KV_QUALITY_HEADS,
         kv_quality=kv_quality_rows(report.kv) if report.kv else [],
         kv_notes=kv_notes(report.kv) if report.kv else [],
+        **_drafts(report.drafts),
         stages=rows.stage_rows(report),
         checks=rows.check_rows(found) if found else [],
         engine=rows.engine_rows(found.engine) if found else [],
@@ -115,6 +127,26 @@ def _long(facts: LongFacts | None) -> dict[str, object]:
         "long_tables": long_tables(facts),
         "long_plots": [Markup(svg) for svg in drawn if svg],  # of numbers: no name of a stranger is in it
         "long_caption": long_caption(facts),
+    }
+
+
+def _drafts(facts: DraftFacts | None) -> dict[str, object]:
+    """What proposes tokens: its tables, and a drawing of its training."""
+    if facts is None:
+        return {"drafts": False}
+    from compressor.report.draft_plot import training_svg
+
+    return {
+        "drafts": True,
+        "draft_heads": DRAFT_HEADS,
+        "draft_rows": draft_rows(facts),
+        "decoded_heads": DECODING_HEADS,
+        "decoded_rows": decoded_rows(facts),
+        "held_out_heads": HELD_OUT_HEADS,
+        "held_out_rows": held_out_rows(facts),
+        "draft_plot": Markup(training_svg(facts)),  # of numbers: no name of a stranger is in it
+        "draft_notes": draft_notes(facts),
+        "draft_caption": draft_caption(facts),
     }
 
 

@@ -38,7 +38,7 @@ def nll_svg(facts: LongFacts) -> str:
     calm = [value for name, values in drawn.items() if name != "source" for value in values]
     if not everything:
         return ""
-    figure, axes = _figure(3.1)
+    figure, axes = page_figure(3.1)
     for name, means in text.curve.nll.items():
         label, colour, dashes = _NAMES[name]
         axes.plot(text.curve.position, means, dashes, color=colour, label=label, lw=1.4, gid=f"nll-{name}")
@@ -62,7 +62,7 @@ def nll_svg(facts: LongFacts) -> str:
     axes.set_ylabel("nats a token")
     axes.grid(color="#e5e7eb")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=3, frameon=False, fontsize=8)
-    return _svg(figure, "long-nll")
+    return svg_element(figure, "long-nll")
 
 
 def found_svg(facts: LongFacts, kind: str) -> str:
@@ -72,7 +72,7 @@ def found_svg(facts: LongFacts, kind: str) -> str:
         return ""
     names = list(facts.needles)
     depths = sorted({cell.depth for cells in facts.needles.values() for cell in cells if cell.kind == kind})
-    figure, *_ = _figure(0.75 + 0.26 * len(depths), panels=0)
+    figure, *_ = page_figure(0.75 + 0.26 * len(depths), panels=0)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         for column, tokens in enumerate(lengths):
@@ -86,7 +86,7 @@ def found_svg(facts: LongFacts, kind: str) -> str:
         axes.set_title(f"{kind}, {name}", fontsize=9)
         axes.set_xlabel("tokens")
     panels[0].set_ylabel("depth")
-    return _svg(figure, f"long-{kind}")
+    return svg_element(figure, f"long-{kind}")
 
 
 def _tile(axes: Axes, column: int, row: int, found: int, trials: int, columns: int) -> None:
@@ -106,7 +106,7 @@ def _tile(axes: Axes, column: int, row: int, found: int, trials: int, columns: i
     )
 
 
-def _figure(height: float, *, panels: int = 1) -> Any:
+def page_figure(height: float, *, panels: int = 1) -> Any:
     """A figure of the page's width, and its axes where it has one."""
     from matplotlib.figure import Figure
 
@@ -114,7 +114,7 @@ def _figure(height: float, *, panels: int = 1) -> Any:
     return (figure, figure.add_subplot()) if panels else (figure,)
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def svg_element(figure: Figure, salt: str) -> str:
     """The text of one ``<svg>`` element, the same for the same drawing."""
     from matplotlib import rc_context
 

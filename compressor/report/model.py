@@ -18,6 +18,7 @@ from compressor.errors import CheckpointError
 from compressor.report.adapters import AdapterFacts
 from compressor.report.calibration import CalibrationFacts
 from compressor.report.context import ContextFacts
+from compressor.report.drafts import DraftFacts
 from compressor.report.kv import KvFacts
 from compressor.report.long import LongFacts
 from compressor.report.record import Count, Measure, Ordered, Record
@@ -269,6 +270,7 @@ class Report(Record):
         context: how positions are scaled, or None where they are the source's.
         long: what was measured at long context, or None.
         adapters: what was trained on long documents, or None.
+        drafts: what proposes tokens for the result, or None.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -290,6 +292,7 @@ class Report(Record):
     context: ContextFacts | None = None
     long: LongFacts | None = None
     adapters: AdapterFacts | None = None
+    drafts: DraftFacts | None = None
 
     def to_json(self) -> str:
         """Indented JSON; infinities and NaN as the words ``Infinity``, ``-Infinity`` and ``NaN``."""

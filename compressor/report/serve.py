@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterable
 
 from compressor.report.adapters import AdapterFacts
+from compressor.report.drafts import DraftFacts, speculative_config
 from compressor.report.kv import KvFacts
 from compressor.report.model import Serve
 
@@ -75,6 +76,7 @@ _OWN_CACHE = (
     "(docs/kv-cache.md)."
 )
 _ADAPTER = "The adapter is applied to requests for the model `adapter`; others are answered without it."
+_DRAFT = "Drafts pay where few requests run at once: measure with and without --speculative-config."
 _UNKNOWN = "No serving check of {label} is recorded: compare log-probabilities before relying on it."
 
 
@@ -86,13 +88,14 @@ def serve_facts(
     kv: KvFacts | None = None,
     max_length: int | None = None,
     adapters: AdapterFacts | None = None,
+    drafts: DraftFacts | None = None,
 ) -> Serve:
     """The command that serves the checkpoint at ``path`` (as the user will type it), and its notes.
 
-    Flags for the KV cache, the length and adapters only: all else that the engine needs is in the config.
+    Flags for the KV cache, the length, adapters and drafts: all else that the engine needs is in the config.
     ``model_type``: of that config. ``factory``: what makes the model, where transformers does not know it.
     ``max_length``: tokens that it was made to read, where that is not its source's. ``adapters``: what was
-    trained; those that are not merged are named to the engine.
+    trained; those that are not merged are named to the engine. ``drafts``: what proposes tokens.
     """
     # An engine would take a leading dash for an option.
     model = f"./{path}" if path.startswith("-") else path
@@ -110,6 +113,9 @@ def serve_facts(
         named = shell_quote(f"adapter={model.rstrip('/')}/adapter")
         flags += f" --enable-lora --lora-modules {named} --max-lora-rank {adapters.served_rank}"
         notes.append(_ADAPTER)
+    if drafts is not None:
+        flags += f" --speculative-config {shell_quote(speculative_config(drafts, model))}"
+        notes.append(_DRAFT)
     return Serve(
         command=f"vllm serve {shell_quote(model)}{flags}", model=model, notes=tuple(dict.fromkeys(notes))
     )

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressor.model.families import family_for
+from compressor.model.families import family_for, is_prediction
 from compressor.planner.claims import unmet_patterns
 from compressor.planner.kv_choice import BF16, kv_options
 from compressor.planner.plan import Plan
 from compressor.recipe.adapters import AdaptersSection
 from compressor.recipe.calibration import CalibrationSection
 from compressor.recipe.context import ContextSection
+from compressor.recipe.drafts import DraftsSection, DraftTrainSection
 from compressor.recipe.evaluate_long import LongSection
 from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
 from compressor.recipe.load import LoadedRecipe
@@ -25,6 +26,7 @@ SEARCH_TOKENS = 256  # twice that holds a needle and its question, even where to
 EVAL_TOKENS, EVAL_CONTEXT, EVAL_ITEMS = 256, 64, 4
 LONG_TOKENS = 512
 STEPS = 4
+SMALL_VOCABULARY = 128
 
 
 def small_recipe(
@@ -44,6 +46,7 @@ def small_recipe(
         "kv_cache": _kv_cache(plan, config),
         "context": context,
         "adapters": _adapters(recipe),
+        "drafts": _drafts(recipe, config, headers),
     }
     patterns = list(dict.fromkeys(pattern for _, pattern in sorted(unmet)))
     # Without patterns the rules' numbers, and so their places, may be others.
@@ -132,6 +135,40 @@ def _adapters(recipe: Recipe) -> AdaptersSection | None:
         "warmup_steps": 1,
     }
     return section and section.model_copy(update=few)
+
+
+def _drafts(
+    recipe: Recipe, config: dict[str, Any], headers: Mapping[str, TensorHeader]
+) -> DraftsSection | None:
+    """The same kind, trained in few short steps; a draft model is left out: it fits the real source only.
+
+    Prediction layers lie behind the blocks, and are cut away where the source counts them among these.
+    """
+    section = recipe.drafts
+    if section is None or section.kind == "draft_model":
+        return None
+    if section.kind == "native" and not any(is_prediction(name, config) for name in headers):
+        return None
+    few: dict[str, Any] = {"measure": None}
+    if section.train is not None or section.kind == "eagle3":
+        train = section.train or DraftTrainSection()
+        known = train.vocabulary_size
+        few["train"] = train.model_copy(
+            update={
+                "tokens": STEPS * SEQUENCE_TOKENS,
+                "sequence_length": SEQUENCE_TOKENS,
+                "batch": 1,
+                "new_tokens": SEQUENCE_TOKENS // 4 if train.data == "generated" else None,
+                "max_generated_tokens": STEPS * SEQUENCE_TOKENS if train.data == "generated" else None,
+                # Random weights loop.
+                "temperature": 1.0 if train.data == "generated" else None,
+                "vocabulary_size": None if known is None else min(known, SMALL_VOCABULARY),
+                "held_out_rows": 2,
+                "save_every": 2,
+                "cache": None,
+            }
+        )
+    return section.model_copy(update=few)
 
 
 def _kv_cache(plan: Plan, config: dict[str, Any]) -> KvCacheSection | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,12 @@ def test_a_local_folder_is_no_hub_dataset(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="a/b is a local folder"):
         _read(HUB)
+
+
+def test_documents_that_are_held_out(tmp_path: Path) -> None:
+    """The last of so many is left out, and the dataset is another one to every key."""
+    whole = dataset(tmp_path / "t.jsonl", [str(number) for number in range(10)])
+    some = replace(whole, held_out_every=4)
+    assert _read(some) == [str(number) for number in (0, 1, 2, 4, 5, 6, 8, 9)]
+    assert "held_out_every" not in whole.content
+    assert some.content == {**whole.content, "held_out_every": 4}

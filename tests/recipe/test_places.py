@@ -40,7 +40,7 @@ HEAD = "schema_version: 1\nmodel: {source: m.gguf}\n"
         # keys
         (SMALL + "seed: 1\nseed: 2\n", "5:1", "key 'seed' is here twice; first at r.yaml:4:1"),
         (SMALL + "wieghts: 1\n", "4:1", "unknown key 'wieghts' -> did you mean 'weights'?"),
-        (SMALL + "zzz: 1\n", "4:1", "known here: adapters, calibration, context, evaluate, export,"),
+        (SMALL + "zzz: 1\n", "4:1", "known here: adapters, calibration, context, drafts, evaluate, export,"),
         (HEAD + "weights:\n  scheme: int4\n  sovler: rtn\n", "5:3", "did you mean 'solver'?"),
         (HEAD + "weights:\n  scheme: {kind: int4, group: 64}\n", "4:24", "did you mean 'group_size'?"),
         (

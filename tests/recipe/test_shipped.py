@@ -25,6 +25,7 @@ NAMES = [
     "llama3-70b-128k",
     "maverick-nvfp4",
     "qwen3-moe-int4",
+    "qwen3-next-mtp",
     "qwen3-next-nvfp4",
     "scout-int4",
     "scout-nvfp4",
@@ -33,6 +34,7 @@ NAMES = [
     "smollm2-32k-nvfp4-kv4",
     "smollm2-32k-trained",
     "smollm2-32k",
+    "smollm2-eagle3",
     "smollm2-fp8",
     "smollm2-int4",
     "smollm2-longrope-search",
@@ -114,7 +116,7 @@ def test_schema_knows_the_language() -> None:
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert set(_properties(schema)) == {
         "extends", "schema_version", "name", "seed", "model", "weights", "calibration", "evaluate", "export",
-        "workspace", "kv_cache", "context", "adapters",
+        "workspace", "kv_cache", "context", "adapters", "drafts",
     }  # fmt: skip
     assert {"ignore", "+ignore", "polish", "rules", "+rules", "scheme", "solver"} == set(
         _properties(schema, "WeightsSection")

@@ -208,3 +208,33 @@ def test_long_context_is_measured_shortly(tmp_path: Path) -> None:
     assert (found.text.tokens, len(found.text.documents)) == (512, 1)
     assert [cell.trials for cell in found.needles["result"]] == [1, 1]
     assert found.ruler == {}
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "draft_model"])
+def test_drafts(tmp_path: Path, kind: str) -> None:
+    """A head is trained in few steps on what the small model writes; a draft model is left out."""
+    source = tiny_llama(tmp_path / "source", layers=4)
+    small = tiny_llama(tmp_path / "small", layers=1)
+    rest = {
+        "eagle3": "drafts: {kind: eagle3, tokens: 2, train: {vocabulary_size: 200}}",
+        "draft_model": f"drafts: {{kind: draft_model, model: {small}}}",
+    }
+    rest = {name: f"{text}\nevaluate: {{tokens: 256, context: 64}}" for name, text in rest.items()}
+    recipe = _recipe(tmp_path / "job", f"{{source: {source}}}", "{scheme: nvfp4a16}", rest[kind])
+    found = _smoked(recipe, tmp_path / "out")
+    drafts = found.report.drafts
+    assert (drafts is not None) == (kind == "eagle3")
+    if drafts is not None:
+        assert drafts.training is not None
+        assert (drafts.training.planned_steps, drafts.training.sequence_length) == (4, 64)
+
+
+def test_prediction_layers_are_drafts(tmp_path: Path) -> None:
+    """Those of a small model are trained too, though it has fewer blocks before them."""
+    headers = write_headers(tmp_path / "headers", CONFIGS["qwen3_next"](), predicts=True)
+    model = f"{{source: {REPO}, headers: {headers}}}"
+    rest = "drafts: {kind: native, tokens: 2, train: {}}\nevaluate: null"
+    found = _smoked(_recipe(tmp_path, model, "{scheme: nvfp4a16}", rest), tmp_path / "o" / "out")
+    assert found.report.drafts is not None
+    assert found.report.drafts.training is not None
+    assert found.report.drafts.training.planned_steps == 4
