@@ -128,8 +128,19 @@ def load_checkpoint_model(
 
     model, info = _guarded(load, str(folder))
     _check_keys(info, str(folder))
+    _undispatched(model)
     rounded = any(weights.scheme(module).input_activations for module in weights.modules)
     return LoadedCheckpoint(set_dtype(model, dtype), via, via == "transformers" if rounded else None)
+
+
+def _undispatched(model: PreTrainedModel) -> None:
+    """Takes off what compressed-tensors puts on modules when it decodes them.
+
+    It keeps weights where they were loaded, and each forward pass on another device would fetch them.
+    """
+    from compressed_tensors.offload import remove_dispatch
+
+    remove_dispatch(model)
 
 
 def check_known(source: Source) -> None:

@@ -12,6 +12,7 @@ from compressor.calibration.pinned import pinned
 from compressor.calibration.spec import CalibrationSpec, DatasetSpec
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.made_by import FactorySource
+from compressor.device import available_device_bytes
 from compressor.drafts.eagle3_shape import shape_for
 from compressor.drafts.native_table import prediction_names, runnable_family
 from compressor.drafts.spec import Kind
@@ -32,9 +33,9 @@ DEFAULT_RATES: dict[Kind, float] = {"eagle3": 1e-3, "native": 5e-5}
 # Of a shipped text; fewer bytes make a token in most others. The tokenizer counts exactly, later.
 _BYTES_PER_TOKEN = 6
 _LEAST_ROWS = 4
-# Texts that are written at once, fewest and most; and what their caches may take of an accelerator.
-_AT_ONCE = (16, 512)
-_CACHES_BYTES = 8_000_000_000
+# Texts that are written at once, fewest and most; and the share of an accelerator that their caches may take.
+_AT_ONCE = (16, 1024)
+_CACHES_SHARE = 0.25
 
 
 def kind_faults(section: DraftsSection, source: Source, claims: Sequence[Claim]) -> list[UserError]:
@@ -126,12 +127,15 @@ def head_spec(
 
 
 def _at_once(config: dict[str, Any], length: int) -> int:
-    """Texts that are written at once: as many as their caches fit, for each step of them takes a while."""
-    if planned_device() == "cpu":
-        return _AT_ONCE[0]
+    """Texts that are written at once: as many as their caches fit, for each step of them takes a while.
+
+    A power of two: what happens to be free must not make another plan.
+    """
     cache, _ = kv_bytes(config, length)
-    fitting = _AT_ONCE[0] if cache is None else _CACHES_BYTES // max(1, cache.total_bytes)
-    return min(max(fitting, _AT_ONCE[0]), _AT_ONCE[1])
+    if planned_device() == "cpu" or cache is None:
+        return _AT_ONCE[0]
+    fitting = int(_CACHES_SHARE * available_device_bytes()) // max(1, cache.total_bytes)
+    return min(max(1 << fitting.bit_length() - 1 if fitting else 0, _AT_ONCE[0]), _AT_ONCE[1])
 
 
 def measure_spec(section: DraftsSection, seed: int) -> DecodeSpec | None:

@@ -98,13 +98,13 @@ def test_many_texts_at_once_where_caches_fit(
     here = _plan(tmp_path, source, EAGLE).drafts
     for module in ("draft_spec", "drafted"):
         monkeypatch.setattr(f"compressor.planner.{module}.planned_device", lambda: "cuda")
-    monkeypatch.setattr("compressor.planner.drafted.available_device_bytes", lambda: 80_000_000_000)
+        monkeypatch.setattr(f"compressor.planner.{module}.available_device_bytes", lambda: 80_000_000_000)
     there = _plan(tmp_path, source, EAGLE).drafts
     assert here is not None
     assert there is not None
     assert here.spec.rows is not None
     assert there.spec.rows is not None
-    assert (here.spec.rows.at_once, there.spec.rows.at_once) == (16, 512)
+    assert (here.spec.rows.at_once, there.spec.rows.at_once) == (16, 1024)
     assert there.spec.train is not None
     assert there.spec.train.dtype == "bfloat16"
     assert here.key("a") != there.key("a")
