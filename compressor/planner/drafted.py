@@ -12,6 +12,7 @@ from compressor.drafts.eagle3_shape import shape_for
 from compressor.drafts.native_table import prediction_names
 from compressor.errors import PlanError, UserError
 from compressor.evals.base import EvalSpec
+from compressor.evals.decode_spec import DecodeSpec
 from compressor.planner.draft_spec import head_spec, kind_faults, measure_spec
 from compressor.planner.faults import collect
 from compressor.planner.kv_bytes import kv_bytes
@@ -47,6 +48,8 @@ _SLACK = 1.15
 _READ = {"cpu": 8e9, "cuda": 1e12}
 # And on accelerators, the interpreter: seconds of a step, however small the model.
 _STEP_S = {"cpu": 0.0, "cuda": 0.03}
+# Decodings that are compared: plain, with the draft, with the control.
+_DECODED = 3
 
 
 @dataclass(frozen=True)
@@ -252,6 +255,7 @@ def _model_plan(
     spec = DraftSpec("draft_model", section.tokens, measure=measure_spec(section, recipe.seed))
     held = DTYPE_BYTES["float32"] * model.prediction.parameters
     disk, took = model.prediction.disk_bytes + result, model.prediction.time_s
+    took += _measure_s(spec.measure, active_parameters(claims, source.config))
     return DraftPlan(spec, planned_device(), 0, held, 0, disk, took, model)
 
 
@@ -303,8 +307,19 @@ def _head_plan(spec: DraftSpec, source: Source, claims: Sequence[Claim]) -> Draf
         + 2 * parameters
         + kept * row_bytes
         + 4 * rows.rows * rows.length,
-        time_s=flops / FLOPS[device] + written,
+        time_s=flops / FLOPS[device] + written + _measure_s(spec.measure, active),
     )
+
+
+def _measure_s(spec: DecodeSpec | None, active: float) -> float:
+    """Seconds of decoding plainly, with the draft and with a control: once, and against the clock."""
+    if spec is None:
+        return 0.0
+    device = planned_device()
+    width = DTYPE_BYTES["bfloat16" if device == "cuda" else "float32"]
+    batches = sum(-(-spec.prompts // batch) for batch in spec.batches)
+    passes = _DECODED * (1 + spec.runs) * len(spec.domains) * batches * spec.new_tokens
+    return passes * max(_STEP_S[device], width * active / _READ[device])
 
 
 def _model_key(model: Plan) -> str:

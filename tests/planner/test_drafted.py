@@ -51,6 +51,18 @@ def test_the_key_is_of_all_that_changes_the_head(tmp_path: Path, source: Path) -
     assert drafts.key("b") != key
 
 
+def test_measuring_takes_time(tmp_path: Path, source: Path) -> None:
+    """In proportion to what is decoded: once and against the clock."""
+    times = []
+    for more in ("", ", measure: {runs: 1}", ", measure: {runs: 3}", ", measure: {runs: 3, batches: [1, 8]}"):
+        planned = _plan(tmp_path, source, EAGLE.replace("tokens: 2", f"tokens: 2{more}")).drafts
+        assert planned is not None
+        times.append(planned.time_s)
+    once, thrice, both = (time - times[0] for time in times[1:])
+    assert 0 < once == pytest.approx(thrice / 2)
+    assert both == pytest.approx(thrice * 9 / 8)
+
+
 def test_what_it_costs(tmp_path: Path, source: Path) -> None:
     """Disk for what is kept, more time for more steps; all of it in the plan's figures, and JSON-able."""
     plain = _plan(tmp_path, source, EAGLE)
