@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 _PROBE_TOKENS, _PROBE_TAIL = 12, 4
 # Relative: of sums in another order, and of 16-bit numbers. A lost state moves logits by their own size.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_PROBE_TOLERANCE_16BIT = 0.05
+_PROBE_TOLERANCE_16BIT = 0.1
+# Times the distance that plain decoding has; and what is no rounding any more.
+_PROBE_NOISES, _PROBE_MOST = 4, 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,9 +217,26 @@ def check_unreading(model: PreTrainedModel, rows: int) -> None:
         raise CheckpointError(
             f"the model cannot read on through a cache: {str(error) or type(error).__name__}"
         ) from error
+    far, norm = float(torch.dist(found_BTV, wanted_BTV)), float(wanted_BTV.norm())
     tolerance = _PROBE_TOLERANCE.get(model.dtype, _PROBE_TOLERANCE_16BIT)
-    if not torch.dist(found_BTV, wanted_BTV) <= tolerance * wanted_BTV.norm():
+    if not far <= tolerance * norm and not far <= min(
+        # Where inputs have few bits, their rounding moves logits in plain decoding, too.
+        _PROBE_NOISES * _noise(model, whole, wanted_BTV),
+        _PROBE_MOST * norm,
+    ):
         raise CheckpointError(
             "transformers' cache of this model does not give back what it held before tokens were taken from "
             "it, so proposals cannot be verified with it"
         )
+
+
+@torch.inference_mode()
+def _noise(model: PreTrainedModel, texts: Sequence[torch.Tensor], wanted_BTV: torch.Tensor) -> float:
+    """How far logits of each text's last two tokens are from passes without a cache: read one by one."""
+    made = []
+    for ids_T in texts:
+        reader = Reader(model)
+        reader.read(ids_T[None, :_PROBE_TOKENS], last_only=True)
+        last = [reader.read(ids_1[None]).logits_BTV[0, 0] for ids_1 in ids_T[_PROBE_TOKENS:].split(1)]
+        made.append(torch.stack(last[-2:]))
+    return float(torch.dist(torch.stack(made), wanted_BTV))

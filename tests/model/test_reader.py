@@ -113,8 +113,25 @@ def test_slots_that_no_row_needs_are_dropped() -> None:
 )
 def test_models_that_cannot_are_refused(name: str, rows: int, why: str, tmp_path: Path) -> None:
     """With the reason; the others pass (those of tests/evals/test_decode.py)."""
+    model = family(name, tmp_path)
     with pytest.raises(CheckpointError, match=why):
-        check_unreading(family(name, tmp_path), rows)
+        check_unreading(model, rows)
+    with pytest.raises(CheckpointError, match=why):
+        check_unreading(model.to(torch.bfloat16), rows)
+
+
+def test_coarse_inputs_are_no_lost_state(tmp_path: Path) -> None:
+    """Inputs of four bits turn the last bit of 16 into a quarter of the logits, in plain decoding as well."""
+    model = family("llama_tied", tmp_path).to(torch.bfloat16)
+
+    def coarse(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        step = inputs[0].abs().amax() / 7
+        return ((inputs[0] / step).round() * step,)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(coarse)
+    check_unreading(model, 3)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gemma3", "llama4", "deepseek_v3", "glm4_moe"])
