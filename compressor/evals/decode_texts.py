@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+# Where a text has too few documents, prompts of one document begin so many prompts apart, so many at most.
+_APART, _STRETCHES = 4, 16
+
 
 def prompts_of(
     tokenizer: PreTrainedTokenizerBase, path: Path, count: int, tokens: int, *, first: int | None = None
@@ -26,7 +29,8 @@ def prompts_of(
     """The first ``tokens`` ids [T] of ``count`` documents, in their order; shorter documents are passed over.
 
     All are of one length, so that they share batches. Of the shipped texts that serve calibration, only
-    those documents that are held out of it (``HELD_OUT_EVERY``).
+    those documents that are held out of it (``HELD_OUT_EVERY``). Where there are fewer, further stretches of
+    the plain ones follow, from all of them by turns.
 
     Args:
         tokenizer: of the target.
@@ -41,30 +45,39 @@ def prompts_of(
     """
     import torch
 
-    found = []
-    for number, document in enumerate(_documents(path)):
-        if _serves_calibration(path) and number % HELD_OUT_EVERY != HELD_OUT_EVERY - 1:
-            continue
-        ids = _ids(tokenizer, document, tokens, first)
-        if len(ids) == tokens:
-            found.append(torch.tensor(ids))
-        if len(found) == count:
-            return found
+    found: list[torch.Tensor] = []
+    for stretch in range(_STRETCHES):
+        for number, document in enumerate(_documents(path)):
+            if _serves_calibration(path) and number % HELD_OUT_EVERY != HELD_OUT_EVERY - 1:
+                continue
+            ids = _ids(tokenizer, document, tokens, first, stretch * _APART * tokens)
+            if len(ids) == tokens:
+                found.append(torch.tensor(ids))
+            if len(found) == count:
+                return found
     raise UserError(
-        f"{len(found)} documents for measuring have {tokens} tokens, fewer than the {count} asked for",
+        f"{len(found)} stretches for measuring have {tokens} tokens, fewer than the {count} asked for",
         where=str(path),
         fix="ask for fewer or shorter prompts",
     )
 
 
 def _ids(
-    tokenizer: PreTrainedTokenizerBase, document: str | list[Any], tokens: int, first: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    document: str | list[Any],
+    tokens: int,
+    first: int | None,
+    skipped: int = 0,
 ) -> list[int]:
     if isinstance(document, str):
         ahead = [] if first is None else [first]
-        return [*ahead, *first_tokens(tokenizer, document, tokens - len(ahead))]
+        return [*ahead, *first_tokens(tokenizer, document, skipped + tokens - len(ahead))[skipped:]]
     if tokenizer.chat_template is None:
-        return _ids(tokenizer, "\n\n".join(str(part["content"]) for part in document), tokens, first)
+        joined = "\n\n".join(str(part["content"]) for part in document)
+        return _ids(tokenizer, joined, tokens, first, skipped)
+    # A conversation begins at its beginning.
+    if skipped:
+        return []
     text = tokenizer.apply_chat_template(document, tokenize=False)
     # The template writes the special tokens, a first one among them.
     return first_tokens(tokenizer, str(text), tokens)

@@ -187,8 +187,30 @@ def test_prompts_are_beginnings_of_one_length(tmp_path: Path, tokenizer: PreTrai
         "user: six six ",
     ]
     assert len(prompts_of(tokenizer, paths["prose"], 1, 50)) == 1
-    with pytest.raises(UserError, match="1 documents for measuring have 50 tokens, fewer than the 2"):
+    with pytest.raises(UserError, match="1 stretches for measuring have 50 tokens, fewer than the 2"):
         prompts_of(tokenizer, paths["prose"], 2, 50)
+
+
+@pytest.mark.parametrize("first", [None, BOS_ID])
+def test_few_documents_give_several_stretches(
+    first: int | None, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Beginnings come first; a further stretch begins four prompts on; conversations have one."""
+    path = tmp_path / "two.jsonl"
+    long, short = "".join(map(chr, range(33, 93))), "only so much"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (long, short)))
+    found = [ids_T[first is not None :] for ids_T in prompts_of(tokenizer, path, 3, 8, first=first)]
+    size = len(found[0])
+    assert [tokenizer.decode(ids_T) for ids_T in found] == [long[:size], short[:size], long[32 : 32 + size]]
+    talks = texts(tmp_path)["chat"]
+    with pytest.raises(UserError, match="fewer than the 1000"):
+        prompts_of(tokenizer, talks, 1000, 8)
+
+
+def test_shipped_texts_have_as_many_as_recipes_ask_for(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The recipe smollm2-eagle3 measures on 16 prompts of each."""
+    for name in SHIPPED_DOMAINS.values():
+        assert len(prompts_of(tokenizer, find(name), 24, 64)) == 24
 
 
 def test_shipped_texts_for_calibration_are_held_out(tokenizer: PreTrainedTokenizerBase) -> None:
