@@ -69,15 +69,16 @@ class Server:
         self._name, self._log = name, work / f"{name}.log"
         task = work / f"{name}.json"
         task.write_text(json.dumps(engine))
-        self._process = subprocess.Popen(
-            [python, WORKER, task],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log.open("w"),
-            env=engine_environment(python, _ENGINE),
-            cwd=work,
-            start_new_session=True,
-        )
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [python, WORKER, task],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=engine_environment(python, _ENGINE),
+                cwd=work,
+                start_new_session=True,
+            )
 
     def __enter__(self) -> Server:
         return self
@@ -86,6 +87,11 @@ class Server:
         # Of its group, too, what an engine may have started.
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
     def asked(self, until: float, **told: Any) -> dict[str, Any]:
@@ -172,9 +178,9 @@ class Cell:
 Key = tuple[int, str, str]  # concurrency, domain, configuration
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Loads all configurations, measures them by turns, and prints the table."""
-    asked = _arguments()
+    asked = _arguments(words)
     until = time.monotonic() + 60 * asked.minutes
     asked.work.mkdir(parents=True, exist_ok=True)
     drafts = load_report(asked.output).drafts
@@ -339,7 +345,7 @@ def _engine(asked: argparse.Namespace, folder: Path, more: Mapping[str, Any]) ->
     }
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="a result with a draft")
     parser.add_argument("--source", type=Path, help="its source as a 16-bit folder")
@@ -356,7 +362,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gib", type=float, default=2.0, help="of memory for each cache")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--engine", type=json.loads, default={}, help="more of vllm.LLM's arguments, as JSON")
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     for name in ("output", "source", "work", "python"):
         given = getattr(asked, name)
         # A link in a virtual environment says which one it is.
