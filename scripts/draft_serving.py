@@ -239,14 +239,21 @@ def measure(
 ) -> None:
     """Rounds over all cells, the configurations of a cell one after another; writes as it goes.
 
+    Ends before a cell that took longer the last time than there is time left.
+
     Raises:
         Failed: a process ended, or does not answer in time; what was measured is written.
     """
     cells: dict[Key, Cell] = {}
     usual: dict[str, list[list[int]]] = {}
+    took_s: dict[tuple[int, str], float] = {}
     try:
         for turn in range(asked.rounds):
             for concurrency, (domain, ids) in product(asked.concurrency, prompts.items()):
+                began = time.monotonic()
+                if began + took_s.get((concurrency, domain), 0.0) > until:
+                    print("the time is over", file=sys.stderr, flush=True)
+                    return
                 # Two requests for each place at once, so that most of the time all are taken.
                 many = ids if concurrency == 1 else cycled(ids, max(len(ids), 2 * concurrency))
                 for name, server in servers.items():
@@ -255,6 +262,7 @@ def measure(
                         usual.setdefault(domain, found["ids"])
                     cell = cells.setdefault((concurrency, domain, name), Cell())
                     cell.add(found, None if name == "source" else usual[domain])
+                took_s[concurrency, domain] = time.monotonic() - began
                 _write(facts, cells)
             print(f"round {turn + 1}: {until - time.monotonic():.0f} s left", file=sys.stderr, flush=True)
     finally:
