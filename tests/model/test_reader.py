@@ -121,12 +121,13 @@ def test_models_that_cannot_are_refused(name: str, rows: int, why: str, tmp_path
 
 
 def test_coarse_inputs_are_no_lost_state(tmp_path: Path) -> None:
-    """Inputs of four bits turn the last bit of 16 into a quarter of the logits, in plain decoding as well."""
+    """Inputs of four bits fall otherwise in every pass; what moves plain decoding as much is let pass."""
     model = family("llama_tied", tmp_path).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
 
     def coarse(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        step = inputs[0].abs().amax() / 7
-        return ((inputs[0] / step).round() * step,)
+        noise = torch.randn(inputs[0].shape, generator=generator)
+        return ((inputs[0] * (1 + 0.03 * noise)).to(inputs[0].dtype),)
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
