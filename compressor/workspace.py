@@ -61,6 +61,10 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
+# Of a draft model's folder.
+DRAFT_RESULT = "result"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One artefact as ``compress clean`` lists it."""
@@ -79,6 +83,7 @@ class Workspace:
         self.stages = root / "stages"
         self.partials = root / "partial"
         self.hub = root / "hub"
+        self.drafts = root / "draft"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -162,13 +167,20 @@ class Workspace:
                 shutil.rmtree(folder)
 
     def entries(self) -> list[Entry]:
-        """Every artefact and partial folder, and the Hub cache, largest first."""
+        """Every artefact and partial folder, draft models made here, and the Hub cache, largest first."""
         found = []
         for parent, finished in ((self.stages, True), (self.partials, False)):
             folders = sorted(parent.iterdir()) if parent.is_dir() else []
             found += [
                 self._entry(folder, finished)
                 for folder in folders
+                if folder.is_dir() and not folder.is_symlink()
+            ]
+        if self.drafts.is_dir():
+            # Each has a workspace of its own, and a result.
+            found += [
+                self._entry(folder, (folder / DRAFT_RESULT).is_dir())
+                for folder in sorted(self.drafts.iterdir())
                 if folder.is_dir() and not folder.is_symlink()
             ]
         if self.hub.is_dir():

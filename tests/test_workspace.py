@@ -99,6 +99,17 @@ def test_entries_are_listed_largest_first(tmp_path: Path) -> None:
     assert sizes == [("b-2", True), ("a-1", False)]
 
 
+def test_entries_hold_draft_models(tmp_path: Path) -> None:
+    """Each with all that was made of it; without a result it was interrupted."""
+    space = Workspace(tmp_path)
+    for name, folder, size in (("one", "result", 3000), ("one", "workspace", 100), ("two", "workspace", 20)):
+        place = space.drafts / name / folder
+        place.mkdir(parents=True)
+        (place / "x").write_bytes(b"0" * size)
+    found = [(entry.path.name, entry.finished, entry.nbytes) for entry in space.entries()]
+    assert found == [("one", True, 3100), ("two", False, 20)]
+
+
 def test_atomic_write_replaces_whole_files(tmp_path: Path) -> None:
     """The target holds the new bytes, no temporary file stays, and the hash is of these bytes."""
     path = tmp_path / "f"

@@ -54,7 +54,7 @@ from compressor.rope.checked import check_positions
 from compressor.stages.base import Claim, Shard, needs_data
 from compressor.stages.evaluate import memory_needed
 from compressor.stages.modules import modules_of
-from compressor.workspace import Workspace, stage_key
+from compressor.workspace import DRAFT_RESULT, Workspace, stage_key
 
 
 @dataclass(frozen=True)
@@ -374,12 +374,11 @@ def _drafts(
     planning: bool,
 ) -> DraftPlan | None:
     """What proposes tokens for the result, if anything does; adds what it finds."""
-    place = space.root / "draft"
 
     def plan_model(draft: LoadedRecipe) -> Plan:
         # Apart from this run's workspace, whose lock is held while the draft model is made.
-        own = place / stage_key("draft", 1, draft.recipe.model_dump(mode="json"), [])
-        output, workspace = own / "result", own / "workspace"
+        own = space.drafts / stage_key("draft", 1, draft.recipe.model_dump(mode="json"), [])
+        output, workspace = own / DRAFT_RESULT, own / "workspace"
         return make_plan(draft, output=output, workspace=workspace, planning=planning, may_copy_all=True)
 
     return settled_drafts(loaded, source, claims, evaluation, plan_model, faults, warnings, planning=planning)
