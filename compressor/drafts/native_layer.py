@@ -48,7 +48,8 @@ class PredictionLayer(nn.Module):
             dtype: of its parameters, in which it computes: fp32 to be trained, the target's to be measured.
 
         Raises:
-            CheckpointError: no layer that is run, a tensor is missing, too many, or of another shape.
+            CheckpointError: no layer that is run, a tensor is missing, too many, of another shape, or
+                not finite.
         """
         super().__init__()
         self.family: NativeFamily = runnable_family(source.headers, source.config)
@@ -210,7 +211,12 @@ class PredictionLayer(nn.Module):
             kept = leaf in module._buffers  # routers' corrections: fp32 whatever the layer computes in
             values = torch.empty(empty.shape, dtype=torch.float32 if kept else dtype, device=device)
             for piece in self._where[name]:
-                piece.of(values).copy_(source.read(piece.tensor))
+                read = source.read(piece.tensor)
+                if not bool(read.isfinite().all()):
+                    raise CheckpointError(
+                        f"tensor {piece.tensor} has values that are not finite", where=source.label
+                    )
+                piece.of(values).copy_(read)
             if kept:
                 module._buffers[leaf] = values
             else:

@@ -89,6 +89,9 @@ def _model(folder: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizer
     check_vocabulary(
         tokenizer, load_tokenizer(folder), vocabulary_size(target), vocabulary_size(model), str(folder)
     )
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise CheckpointError(f"parameter {name} has values that are not finite", where=str(folder))
     placed: PreTrainedModel = model.to(target.device)
     return DraftModel(placed.eval())
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from compressor.cli.main import cli
 from compressor.drafts.eagle3_files import write_head
@@ -101,6 +102,21 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "--draft-tokens say how --draft measures" in str(alone.exception)
     wrong = measure(checkpoint, str(checkpoint), "--draft-batch", "1,no")
     assert "is no list of batch sizes" in str(wrong.exception)
+
+
+def test_drafts_of_no_numbers_are_refused(tmp_path: Path) -> None:
+    """NaN would be proposed for tokens, or end sampling with a message of no use."""
+    checkpoint = PUBLISHED["qwen3_next"](tmp_path / "model")
+    write_byte_tokenizer(checkpoint)
+    broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    for name in ("mtp.fc.weight", "model.norm.weight"):
+        tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert "model.norm.weight has values that are not" in str(measure(checkpoint, str(broken)).exception)
+    tensors["model.norm.weight"].fill_(0)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert "mtp.fc.weight has values that are not finite" in str(measure(broken, "native").exception)
 
 
 def test_what_is_lost_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
