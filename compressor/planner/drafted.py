@@ -43,6 +43,9 @@ DRAFT_VERSION = 1
 _TRAINED_BYTES, _STATE_BYTES = 16, 16
 _STATES = 4  # hidden states of a token: three, and the last
 _LOGIT_COPIES = 5
+# Bytes of an attention score: a share that is kept for the way back, in fp32 and as it is multiplied; and
+# what is at hand while one step is made.
+_SCORE_KEPT, _SCORE_MADE = 6, 16
 _SLACK = 1.15
 # Bytes a second that decoding reads of weights: memory, not arithmetic, is what it waits for.
 _READ = {"cpu": 8e9, "cuda": 1e12}
@@ -267,13 +270,17 @@ def _head_plan(spec: DraftSpec, source: Source, claims: Sequence[Claim]) -> Draf
     config, device = source.config, planned_device()
     width = DTYPE_BYTES[train.dtype]
     weights = sum(claim.tensor.numel for claim in claims)
+    piece = max(rows.length, PIECE_TOKENS[device])
+    scores = 0
     if spec.kind == "eagle3":
-        parameters = shape_for(config, draft_vocabulary=train.vocabulary_size).parameters
+        shape = shape_for(config, draft_vocabulary=train.vocabulary_size)
+        parameters = shape.parameters
+        # Of every pair of a row's tokens, at every step.
+        scores = piece * rows.length * shape.heads * (_SCORE_KEPT * train.unroll + _SCORE_MADE)
     else:
         parameters = sum(source.headers[name].numel for name in prediction_names(source.headers, config))
     words, wide = vocabulary_size(config), hidden_size(config)
     known = train.vocabulary_size or words
-    piece = max(rows.length, PIECE_TOKENS[device])
     # One block with its unrolled steps, and a chunk of logits.
     block = kept_bytes(config | {"num_hidden_layers": 1}, piece, 4, recomputed=False) * train.unroll
     chunk = 4 * _LOGIT_COPIES * min(CHUNK_LOGITS[device], piece * words)
@@ -281,7 +288,7 @@ def _head_plan(spec: DraftSpec, source: Source, claims: Sequence[Claim]) -> Draf
     cache, _ = kv_bytes(config, rows.length)
     caches = rows.at_once * cache.total_bytes if cache is not None and rows.new_tokens else 0
     # Texts are written before anything is trained.
-    held = int(_SLACK * (width * weights + max(caches, trained + block + chunk)))
+    held = int(_SLACK * (width * weights + max(caches, trained + block + scores + chunk)))
     # Forward passes of the target; of head and vocabulary three each, one a step ahead.
     active = active_parameters(claims, config)
     ahead = train.unroll * 6 * (parameters + known * wide)
