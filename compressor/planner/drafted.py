@@ -13,6 +13,7 @@ from compressor.drafts.native_table import prediction_names
 from compressor.errors import PlanError, UserError
 from compressor.evals.base import EvalSpec
 from compressor.evals.decode_spec import DecodeSpec
+from compressor.model.families import text_config
 from compressor.planner.draft_spec import head_spec, kind_faults, measure_spec
 from compressor.planner.faults import collect
 from compressor.planner.kv_bytes import kv_bytes
@@ -282,7 +283,8 @@ def _head_plan(spec: DraftSpec, source: Source, claims: Sequence[Claim]) -> Draf
     words, wide = vocabulary_size(config), hidden_size(config)
     known = train.vocabulary_size or words
     # One block with its unrolled steps, and a chunk of logits.
-    block = kept_bytes(config | {"num_hidden_layers": 1}, piece, 4, recomputed=False) * train.unroll
+    alone = text_config(config) | {"num_hidden_layers": 1}
+    block = kept_bytes(alone, piece, 4, recomputed=False) * train.unroll
     chunk = 4 * _LOGIT_COPIES * min(CHUNK_LOGITS[device], piece * words)
     trained = _TRAINED_BYTES * parameters
     cache, _ = kv_bytes(config, rows.length)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from compressor.planner import drafted
 from compressor.planner.plan import Plan, make_plan
 from compressor.recipe.load import load_recipe
+from compressor.stages.adapt_memory import blocks_of
+from tests.model.published import PUBLISHED
 from tests.tiny import tiny_llama
 
 TRAIN = "sequence_length: 64, batch: 4, tokens: 5120, held_out_rows: 4"
@@ -49,6 +53,20 @@ def test_the_key_is_of_all_that_changes_the_head(tmp_path: Path, source: Path) -
     assert keys[0] == key
     assert len({key, *keys[1:]}) == len(others) + 1
     assert drafts.key("b") != key
+
+
+def test_only_one_block_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the language model's config is a part of another."""
+    asked = []
+
+    def heard(config: dict[str, Any], *_: object, **__: object) -> int:
+        asked.append(blocks_of(config))
+        return 1
+
+    monkeypatch.setattr(drafted, "kept_bytes", heard)
+    nested = PUBLISHED["qwen3_5_moe"](tmp_path / "nested")
+    _plan(tmp_path, nested, f"{{kind: native, train: {{{TRAIN}}}}}")
+    assert asked == [1]
 
 
 def test_measuring_takes_time(tmp_path: Path, source: Path) -> None:
