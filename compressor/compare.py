@@ -160,7 +160,8 @@ def compare_drafts(
         "last token": RepeatLast(),
         "look-up": PromptLookup(),
     }
-    return compare_decoding(target, tokenizer, drafters, spec, progress)
+    rounded = result.activations_simulated is True
+    return compare_decoding(target, tokenizer, drafters, spec, progress, rounded=rounded)
 
 
 def _check_folder(checkpoint: Path) -> None:

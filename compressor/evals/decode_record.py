@@ -150,6 +150,7 @@ class DecodingResult:
         runs: timed, plain decoding and each drafter by turns.
         dtype: that the target computed in.
         device: where, in words.
+        rounded: whether the target rounds inputs to few bits, which makes much of a last bit.
         domains: by domain and batch size, in the order asked for.
     """
 
@@ -159,6 +160,7 @@ class DecodingResult:
     runs: int
     dtype: str
     device: str
+    rounded: bool
     domains: tuple[DomainFigures, ...]
 
     @property

@@ -54,5 +54,6 @@ def decoding_notes(measured: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"{len(gaps)} continuations differ from plain decoding's; where each first does, the two tokens' "
             f"logits are at most {max(gaps):.3g} apart."
+            + (" Inputs are rounded to few bits, and a last bit decides how." if measured["rounded"] else "")
         )
     return notes

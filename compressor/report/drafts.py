@@ -134,6 +134,7 @@ class DraftDecoding(Record):
     runs: Count
     dtype: str
     device: str
+    rounded: bool
     identical: bool | None
     domains: tuple[DecodedDomain, ...]
 

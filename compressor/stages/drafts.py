@@ -69,7 +69,9 @@ def drafts_stage(
 
     facts: dict[str, Any] = {"kind": spec.kind, "tokens": spec.tokens}
     tokenizer, resumed = load_tokenizer(checkpoint), False
-    target = _target(checkpoint, source, spec) if model is None or spec.measure is not None else None
+    target, rounded = None, False
+    if model is None or spec.measure is not None:
+        target, rounded = _target(checkpoint, source, spec)
     if model is not None:
         _check_tokens(model, tokenizer, source)
         _copied(checkpoint, folder)
@@ -83,7 +85,7 @@ def drafts_stage(
         if spec.kind == "eagle3" or facts["training"]["steps"]:
             head.write(folder, spec.tokens)
     if spec.measure is not None and target is not None:
-        facts["decoding"] = _decoded(folder, target, tokenizer, spec, progress)
+        facts["decoding"] = _decoded(folder, target, tokenizer, spec, progress, rounded)
     facts["replaced"] = _replaced(checkpoint, folder)
     facts["bytes"] = sum(path.stat().st_size for path in (folder / DRAFT_FOLDER).glob("*.safetensors"))
     shutil.rmtree(folder / _WORK, ignore_errors=True)
@@ -160,8 +162,8 @@ def _trained(
     return head, facts, began
 
 
-def _target(checkpoint: Path, source: Source, spec: DraftSpec) -> PreTrainedModel:
-    """The compressed model as it computes, frozen, where and in what it is to be computed."""
+def _target(checkpoint: Path, source: Source, spec: DraftSpec) -> tuple[PreTrainedModel, bool]:
+    """The compressed model, frozen, where and in what it is to be computed; whether it rounds inputs."""
     import torch
     from accelerate import PartialState
 
@@ -172,10 +174,11 @@ def _target(checkpoint: Path, source: Source, spec: DraftSpec) -> PreTrainedMode
     device = PartialState().device
     # As heads are trained, where one is.
     told = fast_dtype(device) if device.type == "cuda" else torch.float32
-    model = set_dtype(reload(checkpoint, source).model, told if spec.train is None else _dtype(spec.train))
+    loaded = reload(checkpoint, source)
+    model = set_dtype(loaded.model, told if spec.train is None else _dtype(spec.train))
     model.requires_grad_(False)
     placed: PreTrainedModel = model.to(device)
-    return placed.eval()
+    return placed.eval(), loaded.activations_simulated is True
 
 
 def _dtype(train: TrainSpec) -> torch.dtype:
@@ -207,11 +210,12 @@ def _decoded(
     tokenizer: PreTrainedTokenizerBase,
     spec: DraftSpec,
     progress: Progress,
+    rounded: bool,
 ) -> dict[str, Any]:
     """Decoding with the draft as it lies in ``folder``, and with a control, against plain decoding.
 
     Raises:
-        CheckpointError: in float32 a greedy text differs from plain decoding's.
+        CheckpointError: in float32 a greedy text differs from plain decoding's, and no input is ``rounded``.
     """
     from compressor.drafts.repeat import RepeatLast
     from compressor.evals.decode_compare import check_lossless, compare_decoding
@@ -220,7 +224,7 @@ def _decoded(
     assert spec.measure is not None
     place = NATIVE if spec.kind == "native" else str(folder / DRAFT_FOLDER)
     drafters = {"draft": open_drafter(place, folder, target, tokenizer), "repeat": RepeatLast()}
-    found = compare_decoding(target, tokenizer, drafters, spec.measure, progress)
+    found = compare_decoding(target, tokenizer, drafters, spec.measure, progress, rounded=rounded)
     check_lossless(found)
     return found.to_json()
 

@@ -145,6 +145,7 @@ def test_a_lossy_drafter_is_caught(
     ):
         check_lossless(found)
     check_lossless(replace(found, dtype="bfloat16"))
+    check_lossless(replace(found, rounded=True))
 
 
 def test_bfloat16_is_measured_too(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -44,12 +44,12 @@ def test_json_says_how_it_was_measured() -> None:
         "repeat", Acceptance.of([1, 0], 3), 1, (Divergence(2, 7, 0.125),), 2.0, 1.25, tokens=40, passes=30
     )
     domain = DomainFigures("code", 1, 2, 0, 2.5, (draft,))
-    result = DecodingResult(3, 20, 0.0, 5, "bfloat16", "a machine", (domain,))
+    result = DecodingResult(3, 20, 0.0, 5, "bfloat16", "a machine", False, (domain,))
     found = json.loads(json.dumps(result.to_json()))
     assert found["identical"] is False
     assert found["domains"][0]["drafts"][0]["rates"] == [0.5, 0.0, 0.0]
     assert found["domains"][0]["drafts"][0]["length"] == 1.5
     assert found["domains"][0]["drafts"][0]["divergences"] == [{"prompt": 2, "at": 7, "gap": 0.125}]
     assert (found["domains"][0]["domain"], found["runs"], found["dtype"]) == ("code", 5, "bfloat16")
-    sampled = DecodingResult(3, 20, 0.8, 5, "float32", "a machine", ())
+    sampled = DecodingResult(3, 20, 0.8, 5, "float32", "a machine", False, ())
     assert sampled.to_json()["identical"] is None

@@ -26,6 +26,7 @@ def test_rows_say_what_was_measured() -> None:
         runs=3,
         dtype="bfloat16",
         device="a machine",
+        rounded=False,
         domains=(DomainFigures("code", 1, 2, 1, 2.5, drafts), DomainFigures("chat", 8, 0, 3, 0.0, ())),
     )
     rows = decoding_rows(result.to_json())
@@ -38,5 +39,5 @@ def test_rows_say_what_was_measured() -> None:
     assert notes[1] == "4 continuations that run in circles are left out."
     assert notes[2].startswith("1 continuations differ")
     assert notes[2].endswith("0.125 apart.")
-    sampled = DecodingResult(2, 20, 0.8, 3, "float32", "a machine", ())
+    sampled = DecodingResult(2, 20, 0.8, 3, "float32", "a machine", False, ())
     assert "sampled at 0.8" in decoding_notes(sampled.to_json())[0]

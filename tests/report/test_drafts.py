@@ -91,6 +91,7 @@ DECODING = DraftDecoding(
     runs=3,
     dtype="bfloat16",
     device="a machine",
+    rounded=False,
     identical=False,
     domains=(
         _domain(1, _decoded("draft", 1.75), _decoded("repeat", 1.05)),
