@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import DynamicCache
@@ -39,6 +40,16 @@ class Reading:
 
     logits_BTV: torch.Tensor
     hidden: Mapping[int, torch.Tensor]
+
+
+def _growing_attention(device: torch.device) -> AbstractContextManager[None]:
+    """No kernels of cuDNN: it plans for tens of milliseconds for each new length, and each pass has one."""
+    if device.type != "cuda":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kinds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return cast("AbstractContextManager[None]", sdpa_kernel(kinds))
 
 
 class Reader:
@@ -81,14 +92,15 @@ class Reader:
             if self._since:
                 set_aside(self._cache, self._aside)
             self._since.append(ids_BT)
-        found = self._model(
-            ids_BT,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=int(last_only),
-            output_hidden_states=bool(self._layers),
-            **self._padding(tokens),
-        )
+        with _growing_attention(ids_BT.device):
+            found = self._model(
+                ids_BT,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=int(last_only),
+                output_hidden_states=bool(self._layers),
+                **self._padding(tokens),
+            )
         self._lengths_B = self._lengths_B + tokens
         self._slots += tokens
         return Reading(found.logits.float(), {n: found.hidden_states[n] for n in self._layers})
