@@ -155,8 +155,14 @@ def compare_drafts(
     target = set_dtype(result.model, getattr(torch, dtype) if dtype else fast_dtype(device))
     target.to(device).requires_grad_(False)
     tokenizer = load_tokenizer(checkpoint)
+    try:
+        drafter = open_drafter(draft, checkpoint, target, tokenizer)
+    except CheckpointError as error:
+        # Of a recipe; the command line has an option.
+        where = "--draft" if error.where == "drafts.kind" else error.where
+        raise CheckpointError(error.what, where=where, fix=error.fix) from error
     drafters: dict[str, Drafter] = {
-        kind: open_drafter(draft, checkpoint, target, tokenizer),
+        kind: drafter,
         "last token": RepeatLast(),
         "look-up": PromptLookup(),
     }

@@ -17,7 +17,9 @@ _Command = TypeVar("_Command", bound=Callable[..., None])
 
 _DTYPES = ("float32", "bfloat16")
 _OPTIONS = (
-    click.option("--draft", metavar="DIR|native", help="Measure decoding with what DIR proposes, too."),
+    click.option(
+        "--draft", metavar="DIR|native", help="Measure decoding with what DIR, or its own layer, proposes."
+    ),
     click.option("--draft-tokens", type=click.IntRange(1, 16), help="Proposed at a time.  [default: 3]"),
     click.option("--draft-text", metavar="NAME=FILE,...", help="Prompts.  [default: prose, chat and code]"),
     click.option("--draft-prompts", type=click.IntRange(min=1), help="Of each text.  [default: 8]"),
@@ -25,7 +27,7 @@ _OPTIONS = (
     click.option("--draft-new-tokens", type=click.IntRange(min=2), help="Made of each.  [default: 128]"),
     click.option("--draft-batch", metavar="N,...", help="Sequences at once.  [default: 1]"),
     click.option("--draft-runs", type=click.IntRange(min=1), help="Against the clock.  [default: 3]"),
-    click.option("--draft-temperature", type=click.FloatRange(min=0), help="0: greedy.  [default: 0]"),
+    click.option("--draft-temperature", type=float, help="0: greedy.  [default: 0]"),
     click.option("--draft-dtype", type=click.Choice(_DTYPES), help="[default: what the device is fast in]"),
 )
 # Option -> field of ``DecodeSpec``.
@@ -64,13 +66,17 @@ def _spec(draft: str | None, given: dict[str, Any], dtype: str | None) -> Decode
         named = [*given, *(["draft_dtype"] if dtype else [])]
         if named:
             spelled = ", ".join(f"--{name.replace('_', '-')}" for name in named)
-            raise UserError(f"{spelled} say how --draft measures", fix="name a draft: --draft DIR")
+            verb = "says" if len(named) == 1 else "say"
+            raise UserError(f"{spelled} {verb} how --draft measures", fix="name a draft: --draft DIR")
         return None
     from compressor.data import find
-    from compressor.evals.decode_spec import SHIPPED_DOMAINS, DecodeSpec
+    from compressor.evals.decode_spec import SHIPPED_DOMAINS, TEMPERATURES, DecodeSpec, usable_temperature
 
     texts = _texts(given["draft_text"]) if "draft_text" in given else dict(SHIPPED_DOMAINS)
     more = {field: given[name] for name, field in _FIELDS.items() if name in given}
+    if not usable_temperature(more.get("temperature", 0)):
+        told = "{:g} to {:g}".format(*TEMPERATURES)
+        raise UserError(f"--draft-temperature {more['temperature']:g} is neither 0 nor from {told}")
     if "draft_batch" in given:
         more["batches"] = _batches(given["draft_batch"])
     return DecodeSpec({name: find(file, what="text of prompts") for name, file in texts.items()}, **more)
@@ -82,6 +88,8 @@ def _texts(words: str) -> dict[str, str]:
         name, _, file = (part.strip() for part in word.partition("="))
         if not name or not file:
             raise UserError(f"--draft-text {words!r} is no list of texts", fix="for example code=code.jsonl")
+        if name in found:
+            raise UserError(f"--draft-text names {name!r} twice", fix="give each text a name of its own")
         found[name] = file
     return found
 

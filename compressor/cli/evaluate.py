@@ -95,6 +95,8 @@ def command(
         text, tokens = _TEXT, tokens or _TOKENS
     if text is None and draft is None:
         raise UserError("nothing to measure on", fix="name a text: --text FILE")
+    if text is None and tokens is not None:
+        raise UserError("--tokens has no text to read", fix="name one: --text FILE")
     if text is None and kv_formats:
         raise UserError("--kv has no text to measure on", fix="name one: --text FILE")
     cache = DEFAULT_WORKSPACE.absolute() / "hub"

@@ -14,6 +14,14 @@ SHIPPED_DOMAINS: Mapping[str, str] = {
 }
 # Of a text for calibration, the last of so many documents is measured on: what trains a head leaves it out.
 HELD_OUT_EVERY = 8
+# What is sampled at: below, logits divided by it overflow, and vLLM 0.32 takes no less either
+# (sampling_params.py, _MAX_TEMP).
+TEMPERATURES = (0.01, 2.0)
+
+
+def usable_temperature(value: float) -> bool:
+    """Whether it is 0, which takes the likeliest token, or within ``TEMPERATURES``."""
+    return value == 0 or TEMPERATURES[0] <= value <= TEMPERATURES[1]
 
 
 @dataclass(frozen=True)

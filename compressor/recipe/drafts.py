@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from compressor.drafts.spec import Kind
+from compressor.evals.decode_spec import TEMPERATURES, usable_temperature
 from compressor.recipe.fields import Bytes, Count, Revision, Seed, Text, Window, no_bool
 from compressor.recipe.section import Section, blamed, is_none
 
+
+def _usable(value: float) -> float:
+    if not usable_temperature(value):
+        raise ValueError("must be 0, or from {:g} to {:g}".format(*TEMPERATURES))
+    return value
+
+
 _Rate = Annotated[float, BeforeValidator(no_bool), Field(gt=0, le=1)]
-_Temperature = Annotated[float, BeforeValidator(no_bool), Field(ge=0, le=2)]
+_Temperature = Annotated[float, BeforeValidator(no_bool), Field(ge=0, le=2), AfterValidator(_usable)]
 _Share = Annotated[float, BeforeValidator(no_bool), Field(ge=0, lt=1)]
 _Ahead = Annotated[int, BeforeValidator(no_bool), Field(ge=1, le=16)]
 _Patience = Annotated[int, BeforeValidator(no_bool), Field(ge=1, le=1000)]

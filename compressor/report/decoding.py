@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from compressor.report.words import counted
+
 DECODING_HEADS = (
     *("text", "at once", "proposed by", "tokens a pass", "accepted by place", "speedup", "same text"),
 )
@@ -36,14 +38,17 @@ def decoding_rows(measured: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def decoding_notes(measured: Mapping[str, Any]) -> list[str]:
     """How it was measured, what was left out, and how near the ties are where texts differ."""
     how = "greedy" if measured["temperature"] == 0 else f"sampled at {measured['temperature']:g}"
+    runs = measured["runs"]
+    timed = "one timed run" if runs == 1 else f"medians of {runs} alternating runs"
     notes = [
         f"{measured['tokens']} tokens proposed at a time, continuations of up to {measured['new_tokens']} "
-        f"tokens, {how}, {measured['dtype']}, {measured['device']}, transformers; medians of "
-        f"{measured['runs']} alternating runs, prompts included. Rates are of all proposals."
+        f"tokens, {how}, {measured['dtype']}, {measured['device']}, transformers; {timed}, prompts included. "
+        "Rates are of all proposals."
     ]
     looping = sum(domain["looping"] for domain in measured["domains"])
     if looping:
-        notes.append(f"{looping} continuations that run in circles are left out.")
+        verbs = "runs in circles is" if looping == 1 else "run in circles are"
+        notes.append(f"{counted(looping, 'continuation')} that {verbs} left out.")
     gaps = [
         abs(one["gap"])
         for domain in measured["domains"]
@@ -51,9 +56,10 @@ def decoding_notes(measured: Mapping[str, Any]) -> list[str]:
         for one in draft["divergences"] or ()
     ]
     if gaps:
+        differ = "differs" if len(gaps) == 1 else "differ"
         notes.append(
-            f"{len(gaps)} continuations differ from plain decoding's; where each first does, the two tokens' "
-            f"logits are at most {max(gaps):.3g} apart."
+            f"{counted(len(gaps), 'continuation')} {differ} from plain decoding's; where each first does, "
+            f"the two tokens' logits are at most {max(gaps):.3g} apart."
             + (" Inputs are rounded to few bits, and a last bit decides how." if measured["rounded"] else "")
         )
     return notes

@@ -99,9 +99,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         assert refused.exit_code != 0
         assert why in str(refused.exception)
     alone = CliRunner().invoke(cli, ["eval", str(checkpoint), "--source", "x", "--draft-tokens", "3"])
-    assert "--draft-tokens say how --draft measures" in str(alone.exception)
+    assert "--draft-tokens says how --draft measures" in str(alone.exception)
     wrong = measure(checkpoint, str(checkpoint), "--draft-batch", "1,no")
     assert "is no list of batch sizes" in str(wrong.exception)
+    for more, why in (
+        (("--draft-temperature", "nan"), "--draft-temperature nan is neither 0 nor from 0.01 to 2"),
+        (("--draft-temperature", "1e-9"), "is neither 0 nor from 0.01 to 2"),
+        (("--draft-text", "a=README.md,a=README.md"), "--draft-text names 'a' twice"),
+        (("--tokens", "64"), "--tokens has no text to read"),
+    ):
+        assert why in str(measure(checkpoint, str(checkpoint), *more).exception)
+    assert str(measure(checkpoint, "native").exception).startswith("--draft: prediction layers of")
 
 
 def test_drafts_of_no_numbers_are_refused(tmp_path: Path) -> None:

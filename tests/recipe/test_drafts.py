@@ -45,6 +45,7 @@ def test_left_out_where_nothing_is_said(write: Write) -> None:
         ("{kind: native, train: {vocabulary_size: 64}}", "their vocabulary is the model's"),
         ("{kind: eagle3, train: {data: text, temperature: 1}}", "has no effect with `data: text`"),
         ("{kind: eagle3, train: {sequence_length: 64, new_tokens: 64}}", "no room for 64 and a prompt"),
+        ("{kind: eagle3, train: {temperature: 0.001}}", "must be 0, or from 0.01 to 2"),
         ("{kind: eagle3, train: {cache: lots}}", "'lots' is no size"),
     ],
 )

@@ -37,7 +37,7 @@ def test_rows_say_what_was_measured() -> None:
     notes = decoding_notes(result.to_json())
     assert "greedy, bfloat16, a machine" in notes[0]
     assert notes[1] == "4 continuations that run in circles are left out."
-    assert notes[2].startswith("1 continuations differ")
+    assert notes[2].startswith("1 continuation differs")
     assert notes[2].endswith("0.125 apart.")
     sampled = DecodingResult(2, 20, 0.8, 3, "float32", "a machine", False, ())
     assert "sampled at 0.8" in decoding_notes(sampled.to_json())[0]
