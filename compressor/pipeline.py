@@ -19,6 +19,7 @@ from compressor.stages.adapt import adapt_stage
 from compressor.stages.adapt_files import copy_adapter
 from compressor.stages.assemble import assemble
 from compressor.stages.context import context_stage
+from compressor.stages.decode import decode_stage
 from compressor.stages.drafts import drafts_stage
 from compressor.stages.evaluate import evaluate_stage
 from compressor.stages.kv import kv_stage
@@ -43,7 +44,7 @@ class Stage:
 
 
 def stages_of(plan: Plan, progress: Progress, make: Callable[[Plan], Path]) -> list[Stage]:
-    """All stages of a plan, in the order in which they run; the last but one makes the checkpoint.
+    """All stages of a plan, in their order; ``drafts``, or else ``assemble``, makes the checkpoint.
 
     Args:
         plan: made with ``planning=False``.
@@ -70,6 +71,7 @@ def stages_of(plan: Plan, progress: Progress, make: Callable[[Plan], Path]) -> l
     second = stage_key("assemble", ASSEMBLE_VERSION, {}, needs)
     streamed, checkpoint = space.artefact("stream", first), space.artefact("assemble", second)
     drafts = _drafts(plan, second, progress, make)
+    decode = None if drafts is None else _decode(plan, drafts, progress)
     if drafts is not None:
         checkpoint = space.artefact(drafts.name, drafts.key)
     spec = plan.evaluation
@@ -102,6 +104,7 @@ def stages_of(plan: Plan, progress: Progress, make: Callable[[Plan], Path]) -> l
         Stage("stream", first, run_stream),
         Stage("assemble", second, run_assemble),
         *([drafts] if drafts is not None else []),
+        *([decode] if decode is not None else []),
         Stage("evaluate", third, run_evaluate),
     ]
     if oneshot is not None:
@@ -177,6 +180,19 @@ def _drafts(plan: Plan, assembled: str, progress: Progress, make: Callable[[Plan
         )
 
     return Stage("drafts", planned.key(assembled), run_drafts)
+
+
+def _decode(plan: Plan, drafts: Stage, progress: Progress) -> Stage | None:
+    """The stage after it that measures decoding, where the recipe asks for that."""
+    planned = plan.drafts
+    if planned is None or planned.spec.measure is None:
+        return None
+    spec, checkpoint = planned.spec, plan.workspace.artefact(drafts.name, drafts.key)
+
+    def run_decode(_: Path) -> Mapping[str, Any]:
+        return decode_stage(base_source(plan), checkpoint, spec, progress)
+
+    return Stage("decode", planned.measured_key(drafts.key), run_decode)
 
 
 def _polish(plan: Plan, walked: str, progress: Progress) -> Stage:

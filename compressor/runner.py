@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compressor.budget.gates import check_gates
@@ -27,7 +27,7 @@ from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
 from compressor.report.manifest import Manifest, write_manifest
 from compressor.report.model import Report, StageCost, load_report
-from compressor.stages.drafts import name_verifier
+from compressor.stages.drafts import check_drafts, name_verifier
 from compressor.stages.evaluate import check_tokens, measure, reload
 from compressor.stages.kv_export import result_names
 from compressor.stages.oneshot import check_oneshot
@@ -91,6 +91,7 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
             # Stages before the weights may be another recipe's, for which other things were checked.
             if not plan.workspace.finished("stream", stream_key(plan)):
                 _check_early(plan)
+            _check_drafts(plan)
             for stage in stages:
                 if fresh:
                     plan.workspace.discard(stage.name, stage.key)
@@ -132,6 +133,16 @@ def _check_early(plan: Plan) -> None:
         check_tokens(plan.source, plan.evaluation, plan.workspace)
 
 
+def _check_drafts(plan: Plan) -> None:
+    """Refuses a draft model of other tokens, and texts too short to measure decoding on."""
+    if plan.drafts is None:
+        return
+    model = plan.drafts.model
+    if model is not None:
+        check_known(model.source)
+    check_drafts(plan.source, plan.drafts.spec, None if model is None else model.source, plan.workspace)
+
+
 def evaluate_again(plan: Plan, progress: Progress) -> EvalResult:
     """Measures the exported result of a plan, as its ``evaluate`` section says.
 
@@ -152,7 +163,9 @@ def _stages(plan: Plan, progress: Progress) -> list[Stage]:
 
 def _made(plan: Plan, progress: Progress) -> Path:
     """The checkpoint of a plan within another's, without what describes its run."""
-    execute(plan, progress)
+    progress.log(f"draft model: {plan.source.label}")
+    # The other plan has told its warnings.
+    execute(replace(plan, warnings=()), progress)
     stage = next(stage for stage in _stages(plan, progress) if stage.name == "assemble")
     return plan.workspace.artefact(stage.name, stage.key)
 

@@ -145,7 +145,9 @@ def shape_for(
     known = vocabulary if draft_vocabulary is None else draft_vocabulary
     if not 0 < known <= vocabulary:
         raise UserError(
-            f"a draft vocabulary of {known} tokens, the target has {vocabulary}", where="drafts.train"
+            f"a draft vocabulary of {known:,} tokens, the target has {vocabulary:,}",
+            where="drafts.train.vocabulary_size",
+            fix=f"set it to {vocabulary} at most, or leave it out",
         )
     return HeadShape(
         layers=_checked_layers(layers, depth) if layers else usual_layers(depth),

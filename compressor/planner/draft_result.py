@@ -23,7 +23,7 @@ def draft_facts(plan: Plan, shown: Mapping[str, Any]) -> DraftFacts | None:
     if plan.drafts is None:
         return None
     told, model = shown["drafts"]["drafts"], plan.drafts.model
-    training, decoding = told.get("training"), told.get("decoding")
+    training, decoding = told.get("training"), shown.get("decode", {}).get("decoding")
     return DraftFacts(
         kind=told["kind"],
         tokens=told["tokens"],

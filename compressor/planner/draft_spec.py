@@ -93,14 +93,16 @@ def head_spec(
     if longest is not None and length > longest:
         what = f"rows of {length:,} tokens are longer than the {longest:,} that the model reads"
         faults.append(UserError(what, where="drafts.train.sequence_length", fix=f"set it to {longest}"))
-    new = (train.new_tokens or length // 2) if train.data == "generated" else 0
     if length < unroll + 3:
         what = f"rows of {length} tokens are too short to propose {unroll} tokens ahead in them"
         faults.append(UserError(what, where="drafts.train.sequence_length", fix="raise it"))
+    if faults:
+        return None
     steps = train.tokens // (train.batch * length) if how is not None else 0
     if how is not None and not steps:
         what = f"{train.tokens:,} tokens are no whole step of {train.batch} x {length:,}"
         faults.append(UserError(what, where="drafts.train.tokens", fix="raise it, or lower batch"))
+    new = (train.new_tokens or length // 2) if train.data == "generated" else 0
     rows = _rows(train, loaded, length - new, new, steps, longest, evaluation, faults, warnings, planning)
     if rows is None or faults:
         return None
@@ -136,6 +138,18 @@ def _at_once(config: dict[str, Any], length: int) -> int:
         return _AT_ONCE[0]
     fitting = int(_CACHES_SHARE * available_device_bytes()) // max(1, cache.total_bytes)
     return min(max(1 << fitting.bit_length() - 1 if fitting else 0, _AT_ONCE[0]), _AT_ONCE[1])
+
+
+def measure_faults(section: DraftsSection, config: dict[str, Any]) -> list[UserError]:
+    """Why decoding cannot be measured so, if it is to be: texts longer than the model reads."""
+    asked, longest = section.measure, full_context(config)
+    if asked is None or longest is None or asked.prompt_tokens + asked.new_tokens <= longest:
+        return []
+    what = (
+        f"prompts of {asked.prompt_tokens:,} tokens and {asked.new_tokens:,} more are longer than the "
+        f"{longest:,} that the model reads"
+    )
+    return [UserError(what, where="drafts.measure", fix="lower prompt_tokens or new_tokens")]
 
 
 def measure_spec(section: DraftsSection, seed: int) -> DecodeSpec | None:

@@ -14,7 +14,8 @@ from compressor.errors import PlanError, UserError
 from compressor.evals.base import EvalSpec
 from compressor.evals.decode_spec import DecodeSpec
 from compressor.model.families import text_config
-from compressor.planner.draft_spec import head_spec, kind_faults, measure_spec
+from compressor.planner.draft_spec import head_spec, kind_faults, measure_faults, measure_spec
+from compressor.planner.evaluated import UNMEASURED
 from compressor.planner.faults import collect
 from compressor.planner.kv_bytes import kv_bytes
 from compressor.planner.predict import BASE_RSS_BYTES, Prediction
@@ -39,7 +40,7 @@ from compressor.workspace import stage_key
 if TYPE_CHECKING:
     from compressor.planner.plan import Plan
 
-DRAFT_VERSION = 1
+DRAFT_VERSION, DECODE_VERSION = 1, 1
 # fp32: value, gradient and two moments; and the best values, on the disk.
 _TRAINED_BYTES, _STATE_BYTES = 16, 16
 _STATES = 4  # hidden states of a token: three, and the last
@@ -90,6 +91,11 @@ class DraftPlan:
         """Content key; ``assembled`` is that of the checkpoint."""
         return stage_key("drafts", DRAFT_VERSION, self.content, [assembled])
 
+    def measured_key(self, drafted: str) -> str:
+        """Content key of the stage that measures decoding; ``drafted`` is that of the checkpoint with it."""
+        told = {**self.spec.measure_content, "device": self.device}
+        return stage_key("decode", DECODE_VERSION, told, [drafted])
+
     def add_to(self, prediction: Prediction) -> Prediction:
         """The prediction with memory, disk and time of the stage."""
         rss = BASE_RSS_BYTES + max(self.host_bytes, self.held_bytes if self.device == "cpu" else 0)
@@ -114,7 +120,9 @@ class DraftPlan:
         if self.device == "cpu" and self.time_s > 3600:
             found.append(f"training a draft takes about {self.time_s / 3600:,.0f} hours on this CPU")
         if self.model is not None:
-            found += [f"draft model: {warning}" for warning in self.model.warnings]
+            # What its target keeps of its tokens is what measures it.
+            told = [warning for warning in self.model.warnings if warning != UNMEASURED]
+            found += [f"draft model: {warning}" for warning in told]
         return found
 
     def described(self) -> tuple[str, ...]:
@@ -151,6 +159,7 @@ class DraftPlan:
         """JSON-able, for ``compress plan --json``."""
         return {
             "spec": self.spec.content,
+            "measure": None if self.spec.measure is None else self.spec.measure_content,
             "device": self.device,
             "parameters": self.parameters,
             "held_bytes": self.held_bytes,
@@ -190,6 +199,7 @@ def settled_drafts(
     section = loaded.recipe.drafts
     if section is None:
         return None
+    faults += measure_faults(section, source.config)
     found = kind_faults(section, source, claims)
     if found:
         faults += found
@@ -239,7 +249,10 @@ def _model_plan(
         faults.append(UserError(f"the draft model cannot be planned: {told}", where="drafts.model"))
         return None
     except UserError as error:
-        faults.append(UserError(f"the draft model: {error.what}", where="drafts.model", fix=error.fix))
+        # `drafts` has neither `from` nor `headers`.
+        fix = error.fix.replace(", or `model.headers` to plan", "")
+        fix = "name its 16-bit original" if error.what.startswith("already quantized") else fix
+        faults.append(UserError(f"the draft model: {error.what}", where="drafts.model", fix=fix))
         return None
     sizes = [vocabulary_size(config) for config in (source.config, model.source.config)]
     if sizes[0] != sizes[1]:

@@ -17,6 +17,8 @@ from compressor.planner.places import check_text
 from compressor.recipe.load import LoadedRecipe
 from compressor.workspace import file_sha256
 
+UNMEASURED = "evaluate is switched off: nothing will be measured, and the report will say so"
+
 
 def evaluation_spec(loaded: LoadedRecipe, config: dict[str, Any], given: dict[str, Any]) -> EvalSpec | None:
     """The recipe's ``evaluate`` section with its files found and its names checked.

@@ -32,7 +32,7 @@ from compressor.planner.context import (
     settled_context,
 )
 from compressor.planner.drafted import DraftPlan, settled_drafts
-from compressor.planner.evaluated import evaluation_spec
+from compressor.planner.evaluated import UNMEASURED, evaluation_spec
 from compressor.planner.evaluated_long import LongCost, long_cost, long_warnings
 from compressor.planner.faults import collect
 from compressor.planner.keys import own_stages
@@ -393,7 +393,7 @@ def _warnings(loaded: LoadedRecipe, source: Source, result_bytes: int) -> list[s
         )
     found += [f"config.json of the source: {finding.what}" for finding in check_positions(source.config)]
     if loaded.recipe.evaluate is None:
-        found.append("evaluate is switched off: nothing will be measured, and the report will say so")
+        found.append(UNMEASURED)
     if source.revision and loaded.recipe.model.revision != source.revision:
         found.append(f"model.revision is not pinned; this run uses {source.revision}")
     return found

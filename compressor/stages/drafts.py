@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.base import Source
 from compressor.dialects.base import Dialect
+from compressor.errors import CheckpointError, UserError
 from compressor.progress import Progress
 from compressor.stages.assemble import link_or_copy
 from compressor.stages.base import Claim
-from compressor.stages.drafts_spec import DRAFT_FOLDER, DraftSpec, TrainSpec
-from compressor.stages.evaluate import reload
-from compressor.workspace import STAGE_FILE, file_sha256, write_json
+from compressor.stages.drafts_open import open_target
+from compressor.stages.drafts_spec import DRAFT_FOLDER, DraftSpec
+from compressor.stages.tokens import source_tokenizer
+from compressor.workspace import STAGE_FILE, Workspace, file_sha256, write_json
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from compressor.drafts.base import Head
@@ -57,8 +58,7 @@ def drafts_stage(
     Returns:
         ``resumed``; ``drafts``: ``kind``, ``tokens``, ``bytes`` (of the draft's weights), ``replaced`` (files
         of weights that are others than the checkpoint's: name -> sha256), and of a head that was trained or
-        measured ``training`` (see ``_trained``); where decoding was, ``decoding``
-        (``DecodingResult.to_json``).
+        measured ``training`` (see ``_trained``).
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded, or the head not be made or written.
@@ -68,28 +68,61 @@ def drafts_stage(
     from compressor.model.load import load_tokenizer
 
     facts: dict[str, Any] = {"kind": spec.kind, "tokens": spec.tokens}
-    tokenizer, resumed = load_tokenizer(checkpoint), False
-    target, rounded = None, False
-    if model is None or spec.measure is not None:
-        target, rounded = _target(checkpoint, source, spec)
+    resumed = False
     if model is not None:
-        _check_tokens(model, tokenizer, source)
         _copied(checkpoint, folder)
         _copied(model, folder / DRAFT_FOLDER)
     else:
-        assert target is not None
+        target, _ = open_target(checkpoint, source, spec.train)
+        tokenizer = load_tokenizer(checkpoint)
         head, facts["training"], resumed = _trained(
             source, target, tokenizer, claims, dialect, spec, folder / _WORK, progress
         )
         _copied(checkpoint, folder)
         if spec.kind == "eagle3" or facts["training"]["steps"]:
             head.write(folder, spec.tokens)
-    if spec.measure is not None and target is not None:
-        facts["decoding"] = _decoded(folder, target, tokenizer, spec, progress, rounded)
     facts["replaced"] = _replaced(checkpoint, folder)
     facts["bytes"] = sum(path.stat().st_size for path in (folder / DRAFT_FOLDER).glob("*.safetensors"))
     shutil.rmtree(folder / _WORK, ignore_errors=True)
     return {"resumed": resumed, "drafts": facts}
+
+
+def check_drafts(source: Source, spec: DraftSpec, model: Source | None, space: Workspace) -> None:
+    """Finds before the weights are compressed what would be found after hours.
+
+    Args:
+        source: what is compressed.
+        spec: what is asked for.
+        model: of a draft model.
+        space: keeps tokenizers for as long as this takes.
+
+    Raises:
+        CheckpointError: a tokenizer is missing, or the draft model's tokens are not the source's.
+        UserError: the texts hold fewer prompts than decoding is to be measured on.
+    """
+    from compressor.drafts.draft_model import check_vocabulary
+    from compressor.evals.decode_texts import prompts_of
+    from compressor.evals.run import leading_token
+    from compressor.model.families import text_config
+
+    if model is None and spec.measure is None:
+        return
+    tokenizer = source_tokenizer(source, space.partials)
+    if model is not None:
+        words = [int(text_config(told.config)["vocab_size"]) for told in (source, model)]
+        draft = source_tokenizer(model, space.partials)
+        try:
+            check_vocabulary(tokenizer, draft, words[0], words[1])
+        except CheckpointError as error:
+            raise CheckpointError(error.what, where="drafts.model", fix=error.fix) from error
+    if spec.measure is None:
+        return
+    asked, first = spec.measure, leading_token(tokenizer)
+    for name, path in asked.domains.items():
+        try:
+            prompts_of(tokenizer, path, asked.prompts, asked.prompt_tokens, first=first)
+        except UserError as error:
+            raise UserError(f"{name}: {error.what}", where="drafts.measure", fix=error.fix) from error
 
 
 def name_verifier(folder: Path, verifier: str) -> None:
@@ -160,73 +193,6 @@ def _trained(
         "seconds": round(done.seconds, 1),
     }
     return head, facts, began
-
-
-def _target(checkpoint: Path, source: Source, spec: DraftSpec) -> tuple[PreTrainedModel, bool]:
-    """The compressed model, frozen, where and in what it is to be computed; whether it rounds inputs."""
-    import torch
-    from accelerate import PartialState
-
-    from compressor.device import fast_dtype
-    from compressor.model.load import set_dtype
-
-    # Of several processes, each has its own accelerator.
-    device = PartialState().device
-    # As heads are trained, where one is.
-    told = fast_dtype(device) if device.type == "cuda" else torch.float32
-    loaded = reload(checkpoint, source)
-    model = set_dtype(loaded.model, told if spec.train is None else _dtype(spec.train))
-    model.requires_grad_(False)
-    placed: PreTrainedModel = model.to(device)
-    return placed.eval(), loaded.activations_simulated is True
-
-
-def _dtype(train: TrainSpec) -> torch.dtype:
-    import torch
-
-    found: torch.dtype = getattr(torch, train.dtype)
-    return found
-
-
-def _check_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
-    """Refuses a draft model whose tokens are not the target's.
-
-    Raises:
-        CheckpointError: they are not.
-    """
-    from compressor.checkpoint.folder import FolderSource
-    from compressor.drafts.draft_model import check_vocabulary
-    from compressor.model.families import text_config
-    from compressor.model.load import load_tokenizer
-
-    config = FolderSource(folder, quantized=True).config
-    words = [int(text_config(told)["vocab_size"]) for told in (source.config, config)]
-    check_vocabulary(tokenizer, load_tokenizer(folder), words[0], words[1], str(folder))
-
-
-def _decoded(
-    folder: Path,
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    spec: DraftSpec,
-    progress: Progress,
-    rounded: bool,
-) -> dict[str, Any]:
-    """Decoding with the draft as it lies in ``folder``, and with a control, against plain decoding.
-
-    Raises:
-        CheckpointError: in float32 a greedy text differs from plain decoding's, and no input is ``rounded``.
-    """
-    from compressor.drafts.repeat import RepeatLast
-    from compressor.evals.decode_compare import check_lossless, compare_decoding
-    from compressor.stages.drafts_open import NATIVE, open_drafter
-
-    assert spec.measure is not None
-    place = NATIVE if spec.kind == "native" else str(folder / DRAFT_FOLDER)
-    drafters = {"draft": open_drafter(place, folder, target, tokenizer), "repeat": RepeatLast()}
-    found = compare_decoding(target, tokenizer, drafters, spec.measure, progress, rounded=rounded)
-    check_lossless(found)
-    return found.to_json()
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -1,20 +1,49 @@
-"""What proposes tokens for a checkpoint, as it lies on disk: opened for the decoding loop."""
+"""A compressed model and what proposes tokens for it, opened as they lie on disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.checkpoint.base import Source
 from compressor.checkpoint.layout import load_config
 from compressor.drafts.base import Drafter
 from compressor.drafts.spec import Kind
 from compressor.errors import CheckpointError
+from compressor.stages.drafts_spec import TrainSpec
+from compressor.stages.evaluate import reload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NATIVE = "native"
 _CONFIG = "config.json"
+
+
+def open_target(checkpoint: Path, source: Source, train: TrainSpec | None) -> tuple[PreTrainedModel, bool]:
+    """The compressed model as it computes, and whether it rounds inputs.
+
+    It is frozen, on its device, in the dtype that heads are trained in.
+
+    Args:
+        checkpoint: its folder.
+        source: what it was made of.
+        train: how a head is trained for it, if one is.
+    """
+    import torch
+    from accelerate import PartialState
+
+    from compressor.device import fast_dtype
+    from compressor.model.load import set_dtype
+
+    # Of several processes, each has its own accelerator.
+    device = PartialState().device
+    usual = fast_dtype(device) if device.type == "cuda" else torch.float32
+    loaded = reload(checkpoint, source)
+    model = loaded.model
+    set_dtype(model, usual if train is None else getattr(torch, train.dtype)).requires_grad_(False)
+    placed: PreTrainedModel = model.to(device)
+    return placed.eval(), loaded.activations_simulated is True
 
 
 def kind_of(draft: str) -> Kind:
@@ -34,7 +63,8 @@ def kind_of(draft: str) -> Kind:
     if speculator is None:
         return "draft_model"
     if speculator != "eagle3":
-        raise CheckpointError(f"speculators of type {speculator!r} are not run here", where=str(path))
+        what = f"speculators of type {speculator!r} are not run here"
+        raise CheckpointError(what, where=str(path), fix="name an EAGLE-3 head, or a smaller model")
     return "eagle3"
 
 
@@ -67,7 +97,6 @@ def open_drafter(
 
 
 def _native(checkpoint: Path, target: PreTrainedModel) -> Drafter:
-    from compressor.checkpoint.base import Source
     from compressor.checkpoint.dequantized import DequantizedSource
     from compressor.checkpoint.folder import FolderSource
     from compressor.drafts.native_drafter import NativeDrafter

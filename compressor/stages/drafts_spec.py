@@ -105,16 +105,17 @@ class DraftSpec:
 
     @property
     def content(self) -> dict[str, Any]:
-        """JSON-able, for the stage's key."""
+        """JSON-able, for the stage's key: how it is measured does not change it."""
         return {
             "kind": self.kind,
             "tokens": self.tokens,
             "rows": self.rows and self.rows.content,
             "train": self.train and self.train.content,
-            "measure": self.measure and _measure_content(self.measure),
         }
 
-
-def _measure_content(spec: DecodeSpec) -> dict[str, Any]:
-    """JSON-able: shipped texts by their names."""
-    return asdict(spec) | {"domains": {name: path.name for name, path in spec.domains.items()}}
+    @property
+    def measure_content(self) -> dict[str, Any]:
+        """JSON-able, for the key of the stage that measures: shipped texts by their names."""
+        assert self.measure is not None
+        domains = {name: path.name for name, path in self.measure.domains.items()}
+        return {"kind": self.kind, **asdict(self.measure), "domains": domains}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import compressor
 from compressor.drafts.eagle3 import SharedEnds
 from compressor.drafts.eagle3_files import read_head
-from compressor.errors import PlanError
+from compressor.errors import PlanError, UserError
 from compressor.model.load import load_checkpoint_model
 from compressor.planner.plan import make_plan
 from compressor.progress import Silent
@@ -202,14 +202,43 @@ def test_decoding_is_measured(tmp_path: Path) -> None:
     assert {draft["name"] for draft in drafts} == {"draft", "repeat"}
     assert found["identical"]
     assert "speedup" in (output / "README.md").read_text()
+    # To measure otherwise, no head is trained again.
+    path = tmp_path / "recipe.yaml"
+    path.write_text(path.read_text().replace("prompts: 2", "prompts: 1"))
+    again = compressor.run(path, output=tmp_path / "out" / "again").report
+    assert {stage.name: stage.resumed for stage in again.stages} == {
+        "stream": True, "assemble": True, "drafts": True, "decode": False, "evaluate": True,
+    }  # fmt: skip
+
+
+def test_faults_of_a_run_before_anything_is_spent(tmp_path: Path, source: Path) -> None:
+    """Other tokens in a draft model of the same size, and more prompts than the texts have."""
+    small = tiny_llama(tmp_path / "small", layers=1)
+    words = json.loads((small / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (small / "tokenizer.json").write_text(json.dumps(words))
+    for drafts, message in (
+        (f"{{kind: draft_model, model: {small}}}", "differs from the target's in 2 tokens"),
+        ("{kind: eagle3, measure: {prompts: 1000}}", "prose: 25 documents for measuring have 64 tokens"),
+    ):
+        path = recipe(tmp_path / "run", source, f"drafts: {drafts}\nevaluate: null\n")
+        with pytest.raises(UserError, match=message) as caught:
+            compressor.run(path, output=tmp_path / "out")
+        assert caught.value.where.startswith(str(path))
+    assert not (tmp_path / ".compress-workspace" / "stages").exists()
 
 
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
         ("drafts: {kind: native}\n", "prediction layers of model_type 'llama' are not run"),
-        (EAGLE.replace("size: 64", "size: 4096"), "a draft vocabulary of 4096 tokens, the target has 256"),
+        (EAGLE.replace("size: 64", "size: 4096"), "a draft vocabulary of 4,096 tokens, the target has 256"),
         (EAGLE.replace("length: 32", "length: 1024"), "rows of 1,024 tokens are longer than the 512"),
+        (
+            EAGLE.replace("kind: eagle3", "kind: eagle3, measure: {prompt_tokens: 500, new_tokens: 13}"),
+            "prompts of 500 tokens and 13 more are longer than the 512",
+        ),
         (EAGLE.replace("tokens: 512", "tokens: 100"), "100 tokens are no whole step of 4 x 32"),
         (EAGLE.replace("rows: 4", "rows: 4000"), "surely hold only"),
         (EAGLE.replace("length: 32", "length: 4"), "too short to propose 2 tokens ahead"),
@@ -221,7 +250,9 @@ def test_faults_of_the_plan(tmp_path: Path, source: Path, rest: str, message: st
     path = recipe(tmp_path, source, rest + TEXTS)
     with pytest.raises(PlanError) as caught:
         make_plan(load_recipe(str(path), ()))
-    assert message in str(caught.value)
+    (fault,) = caught.value.faults
+    assert message in fault.what
+    assert fault.where.startswith(str(path))
 
 
 def test_faults_of_a_draft_model(tmp_path: Path, source: Path) -> None:

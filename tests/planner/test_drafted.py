@@ -36,23 +36,22 @@ def test_the_key_is_of_all_that_changes_the_head(tmp_path: Path, source: Path) -
     drafts = _plan(tmp_path, source, EAGLE).drafts
     assert drafts is not None
     key = drafts.key("a")
-    same = [EAGLE.replace("batch: 4", "batch: 4, cache: 1GB")]
+    measured = [EAGLE.replace("tokens: 2", f"tokens: 2, measure: {{runs: {runs}}}") for runs in (1, 2)]
+    same = [EAGLE.replace("batch: 4", "batch: 4, cache: 1GB"), *measured]
     others = [
         EAGLE.replace("tokens: 2", "tokens: 3"),
         EAGLE.replace("batch: 4", "batch: 4, temperature: 0.7"),
         EAGLE.replace("batch: 4", "batch: 4, learning_rate: 0.01"),
         EAGLE.replace("batch: 4", "batch: 4, vocabulary_size: 64"),
         EAGLE.replace("batch: 4", "batch: 4, save_every: 7"),
-        EAGLE.replace("tokens: 2", "tokens: 2, measure: {}"),
     ]
-    keys = []
-    for text in (*same, *others):
-        planned = _plan(tmp_path, source, text).drafts
-        assert planned is not None
-        keys.append(planned.key("a"))
-    assert keys[0] == key
-    assert len({key, *keys[1:]}) == len(others) + 1
+    plans = [_plan(tmp_path, source, text).drafts for text in (*same, *others)]
+    keys = [planned.key("a") for planned in plans if planned is not None]
+    assert keys[: len(same)] == [key] * len(same)
+    assert len({key, *keys[len(same) :]}) == len(others) + 1
     assert drafts.key("b") != key
+    asked = {planned.measured_key(key) for planned in plans[1 : len(same)] if planned is not None}
+    assert len(asked) == len(measured)
 
 
 def test_only_one_block_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
