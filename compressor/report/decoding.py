@@ -62,4 +62,6 @@ def decoding_notes(measured: Mapping[str, Any]) -> list[str]:
             f"the two tokens' logits are at most {max(gaps):.3g} apart."
             + (" Inputs are rounded to few bits, and a last bit decides how." if measured["rounded"] else "")
         )
+    elif measured["identical"] and any(domain["drafts"] for domain in measured["domains"]):
+        notes.append("All continuations are plain decoding's, token by token.")
     return notes

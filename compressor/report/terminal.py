@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
@@ -60,6 +61,8 @@ from compressor.report.words import size, visible
 MIN_WIDTH, MAX_WIDTH = 60, 200
 _NARROW = 80
 _MOST_DIGITS = 12
+# Between numbers of one cell: "1 to 8", "3 of 4", "75% / 25%", "75% 25%".
+_SEVERAL = re.compile(r" to | of | / |(?<=%) ")
 
 
 def report_console(file: IO[str], width: int | None = None) -> Console:
@@ -143,7 +146,7 @@ def print_decoding(measured: Mapping[str, Any], console: Console) -> None:
     """Prints what ``DecodingResult.to_json`` holds."""
     show = _Printer(console)
     show.title("Decoding with proposed tokens")
-    show.table(DECODING_HEADS, decoding_rows(measured))
+    _show_decoding(show, decoding_rows(measured))
     for note in decoding_notes(measured):
         show.line(note)
 
@@ -194,9 +197,15 @@ def _show_kv(show: _Printer, facts: KvFacts) -> None:
         show.line(note)
 
 
+def _show_decoding(show: _Printer, found: list[tuple[str, ...]]) -> None:
+    # Where it does not fit on a line, a note says whether texts are the same.
+    columns = len(DECODING_HEADS) - show.is_narrow
+    show.table(DECODING_HEADS[:columns], [row[:columns] for row in found])
+
+
 def _show_drafts(show: _Printer, facts: DraftFacts) -> None:
     show.title("Drafts")
-    show.table(DECODING_HEADS, decoded_rows(facts))
+    _show_decoding(show, decoded_rows(facts))
     show.table(HELD_OUT_HEADS, held_out_rows(facts))
     show.table(DRAFT_HEADS, draft_rows(facts))
     show.line(draft_caption(facts), style="dim")
@@ -237,9 +246,10 @@ class _Printer:
         found = list(cells)
         for index, head in enumerate(heads):
             is_number = index >= left
-            # A number is never cut, nor a word above it; names are, where the terminal is narrow. Of a range
-            # each end has a line there.
-            numbers = [number for row in found for number in row[index].split(" to ")]
+            # A number is never cut, nor a word above it; names are, where the terminal is narrow. Of a range,
+            # and of several numbers, each has a line there.
+            parts = [part for row in found for part in _SEVERAL.split(row[index])]
+            numbers = [part for part in parts if any(map(str.isdigit, part))]
             words = [*head.split(), *numbers] if is_number else []
             table.add_column(
                 head,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from io import StringIO
+
+import pytest
+
 from compressor.evals.decode_record import (
     Acceptance,
     DecodingResult,
@@ -10,6 +14,7 @@ from compressor.evals.decode_record import (
     DraftFigures,
 )
 from compressor.report.decoding import DECODING_HEADS, decoding_notes, decoding_rows
+from compressor.report.terminal import print_decoding, report_console
 
 
 def test_rows_say_what_was_measured() -> None:
@@ -41,3 +46,22 @@ def test_rows_say_what_was_measured() -> None:
     assert notes[2].endswith("0.125 apart.")
     sampled = DecodingResult(2, 20, 0.8, 3, "float32", "a machine", False, ())
     assert "sampled at 0.8" in decoding_notes(sampled.to_json())[0]
+
+
+@pytest.mark.parametrize("width", [60, 70, 80, 120])
+def test_no_number_is_cut(width: int) -> None:
+    """Wide rates beside long names; where the last column has no room, a note says what it would."""
+    drafts = [
+        DraftFigures(name, Acceptance(16, (16, 16, 16)), 0, (), 2.0, 10.45, 60, 40)
+        for name in ("draft_model", "last token")
+    ]
+    domains = (DomainFigures("prose", 16, 16, 0, 2.5, tuple(drafts)),)
+    result = DecodingResult(3, 20, 0.0, 3, "float32", "a machine", domains)
+    file = StringIO()
+    print_decoding(result.to_json(), report_console(file, width))
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert text.count("100%") == 6
+    assert text.count("10.45x") == 2
+    assert "All continuations are plain decoding's" in " ".join(text.split())
+    assert ("16 of" in text) == (width >= 80)
