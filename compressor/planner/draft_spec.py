@@ -141,15 +141,23 @@ def _at_once(config: dict[str, Any], length: int) -> int:
 
 
 def measure_faults(section: DraftsSection, config: dict[str, Any]) -> list[UserError]:
-    """Why decoding cannot be measured so, if it is to be: texts longer than the model reads."""
+    """Why decoding cannot be measured so, if it is to be."""
     asked, longest = section.measure, full_context(config)
-    if asked is None or longest is None or asked.prompt_tokens + asked.new_tokens <= longest:
+    if asked is None:
         return []
-    what = (
-        f"prompts of {asked.prompt_tokens:,} tokens and {asked.new_tokens:,} more are longer than the "
-        f"{longest:,} that the model reads"
-    )
-    return [UserError(what, where="drafts.measure", fix="lower prompt_tokens or new_tokens")]
+    faults = []
+    if longest is not None and asked.prompt_tokens + asked.new_tokens > longest:
+        what = (
+            f"prompts of {asked.prompt_tokens:,} tokens and {asked.new_tokens:,} more are longer than the "
+            f"{longest:,} that the model reads"
+        )
+        faults.append(UserError(what, where="drafts.measure", fix="lower prompt_tokens or new_tokens"))
+    cache, _ = kv_bytes(config, 1)
+    # As ``model.reader.Reader.mark`` will say, after all else is done.
+    if cache is not None and cache.state_bytes and max(asked.batches) > 1:
+        what = "the model keeps recurrent states, and these sequences are decoded one at a time here"
+        faults.append(UserError(what, where="drafts.measure.batches", fix="set it to [1], or leave it out"))
+    return faults
 
 
 def measure_spec(section: DraftsSection, seed: int) -> DecodeSpec | None:
@@ -204,11 +212,9 @@ def _rows(
         wanted = min(wanted, texts - held_out)
     kept = tuple(_without_measured(dataset) for dataset in spec.datasets)
     shown = replace(spec, datasets=kept, num_samples=texts, sequence_length=prompt)
-    faults += [
-        fault
-        for fault in check_calibration(shown, evaluation.texts if evaluation else {}, longest)
-        if fault not in faults
-    ]
+    measured = {"what drafts are measured on": data.find(SHIPPED_DOMAINS["prose"])}
+    measured |= evaluation.texts if evaluation else {}
+    faults += check_calibration(shown, measured, longest)
     return RowsSpec(shown, max(1, wanted), held_out, new, temperature if new else 0.0, 0)
 
 

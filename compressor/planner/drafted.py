@@ -212,7 +212,9 @@ def settled_drafts(
             faults,
             lambda: head_spec(section, loaded, source.config, evaluation, own, warnings, planning=planning),
         )
-        faults += own
+        # Of texts that weights are calibrated on too, the same has been said.
+        told = {fault.render() for fault in faults}
+        faults += [fault for fault in own if fault.render() not in told]
         plan = None if spec is None else _head_plan(spec, source, claims)
     warnings += [] if plan is None else plan.warnings()
     return plan

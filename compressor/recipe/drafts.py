@@ -50,7 +50,7 @@ class DraftTrainSection(Section):
     max_generated_tokens: Count | None = Field(
         default=None,
         exclude_if=is_none,
-        description="Most tokens that the compressed model writes in all; by default 1,000,000.",
+        description="Most tokens that the compressed model writes to train on; by default 1,000,000.",
     )
     temperature: _Temperature | None = Field(
         default=None,

@@ -76,6 +76,10 @@ _OWN_CACHE = (
     "(docs/kv-cache.md)."
 )
 _ADAPTER = "The adapter is applied to requests for the model `adapter`; others are answered without it."
+_DRAFT_APART = (
+    "The draft is named by its folder, as the engine is to find it: where the result is moved both paths are "
+    "others, and of a copy on the Hub `draft` must be downloaded."
+)
 _DRAFT = "Drafts pay where few requests run at once: measure with and without --speculative-config."
 _UNKNOWN = "No serving check of {label} is recorded: compare log-probabilities before relying on it."
 
@@ -115,7 +119,7 @@ def serve_facts(
         notes.append(_ADAPTER)
     if drafts is not None:
         flags += f" --speculative-config {shell_quote(speculative_config(drafts, model))}"
-        notes.append(_DRAFT)
+        notes += [_DRAFT] if drafts.kind == "native" else [_DRAFT_APART, _DRAFT]
     return Serve(
         command=f"vllm serve {shell_quote(model)}{flags}", model=model, notes=tuple(dict.fromkeys(notes))
     )

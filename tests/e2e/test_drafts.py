@@ -273,3 +273,16 @@ def test_texts_that_are_measured_on_are_refused(tmp_path: Path, source: Path) ->
     path = recipe(tmp_path, source, f"{EAGLE}{texts}evaluate: {{text: long.txt, tokens: 64, context: 32}}\n")
     with pytest.raises(PlanError, match="measures nothing"):
         make_plan(load_recipe(str(path), ()))
+    # Prompts for decoding are of this text, whether it is what the result is evaluated on or not.
+    texts = "calibration: {datasets: [{path: calibration/heldout.jsonl}]}\nevaluate: null\n"
+    path = recipe(tmp_path, source, EAGLE + texts)
+    with pytest.raises(PlanError, match=r"what drafts are measured on: .* measures nothing"):
+        make_plan(load_recipe(str(path), ()))
+
+
+def test_recurrent_states_are_measured_one_at_a_time(tmp_path: Path) -> None:
+    """Said by the plan, not after training."""
+    given = PUBLISHED["qwen3_next"](tmp_path / "source")
+    path = recipe(tmp_path, given, f"drafts: {{kind: native, measure: {{batches: [1, 2]}}}}\n{TEXTS}")
+    with pytest.raises(PlanError, match="recurrent states"):
+        make_plan(load_recipe(str(path), ()))
