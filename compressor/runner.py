@@ -79,7 +79,7 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
         progress.warn(warning)
     recipe_yaml = dump_recipe(recipe_seen_from(plan.output, plan))
     with plan.workspace.locked():
-        stages = _stages(plan, progress)
+        stages = _stages(plan, progress, fresh=fresh)
         for done in (plan.output, failed_folder(plan.output)):
             if not fresh and already_exported(done, recipe_yaml, stages[-1].key):
                 progress.log(f"{done} already holds this recipe's result")
@@ -157,15 +157,15 @@ def evaluate_again(plan: Plan, progress: Progress) -> EvalResult:
     return measure(plan.source, plan.output, result, plan.evaluation, progress)
 
 
-def _stages(plan: Plan, progress: Progress) -> list[Stage]:
-    return stages_of(plan, progress, lambda within: _made(within, progress))
+def _stages(plan: Plan, progress: Progress, *, fresh: bool = False) -> list[Stage]:
+    return stages_of(plan, progress, lambda within: _made(within, progress, fresh=fresh))
 
 
-def _made(plan: Plan, progress: Progress) -> Path:
+def _made(plan: Plan, progress: Progress, *, fresh: bool) -> Path:
     """The checkpoint of a plan within another's, without what describes its run."""
     progress.log(f"draft model: {plan.source.label}")
     # The other plan has told its warnings.
-    execute(replace(plan, warnings=()), progress)
+    execute(replace(plan, warnings=()), progress, fresh=fresh)
     stage = next(stage for stage in _stages(plan, progress) if stage.name == "assemble")
     return plan.workspace.artefact(stage.name, stage.key)
 
