@@ -131,10 +131,6 @@ class Head(Protocol):
         """Proposes ``steps`` tokens from every place at once, each step on what the one before made."""
         ...
 
-    def drafter(self) -> Drafter:
-        """The same head, as the decoding loop asks it."""
-        ...
-
     def write(self, folder: Path, tokens: int) -> None:
         """Writes it for an engine that proposes ``tokens`` at a time.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,12 +101,6 @@ def head_config(shape: HeadShape, *, verifier: str, tokens: int, dtype: str) -> 
             "verifier": {"name_or_path": verifier, "architectures": []},
         },
     }
-
-
-def serve_command(model: str, draft: str, tokens: int) -> str:
-    """The line that serves a target with a head, as one types it."""
-    told = json.dumps({"method": "eagle3", "model": draft, "num_speculative_tokens": tokens})
-    return f"vllm serve {shlex.quote(model)} --speculative-config {shlex.quote(told)}"
 
 
 def read_stored(folder: Path, target: Mapping[str, Any]) -> StoredHead:

@@ -18,8 +18,7 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from compressor.checkpoint.replaced import replace_tensors
-from compressor.drafts.base import LAST, Drafter, Rows, Unrolled
-from compressor.drafts.native_drafter import NativeDrafter
+from compressor.drafts.base import LAST, Rows, Unrolled
 from compressor.drafts.native_layer import PredictionLayer
 
 DECAY = 0.6
@@ -52,10 +51,6 @@ class NativeHead:
     def trained(self) -> Mapping[str, nn.Parameter]:
         """See ``Head.trained``: all of the layer; routers' correction biases are buffers and stay."""
         return dict(self.layer.named_parameters())
-
-    def drafter(self) -> Drafter:
-        """See ``Head.drafter``."""
-        return NativeDrafter(self.layer)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The checkpoint's tensors as training left them, by their names, in their dtypes, on the CPU."""

@@ -5,7 +5,6 @@ Legend: B rows, T tokens of a row, K steps.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +13,8 @@ import torch
 
 from compressor.checkpoint.base import Source
 from compressor.dialects.base import Dialect
-from compressor.drafts.base import Drafter, Head, Rows, Unrolled
+from compressor.drafts.base import Head, Rows, Unrolled
 from compressor.drafts.eagle3 import Eagle3Head, SharedEnds
-from compressor.drafts.eagle3_drafter import Eagle3Drafter
 from compressor.drafts.eagle3_files import write_head
 from compressor.drafts.eagle3_shape import shape_for
 from compressor.drafts.eagle3_warm import warm_start
@@ -64,11 +62,6 @@ class EagleHead:
         places = found.tokens_K[0]
         share_K = places / found.tokens_K.clamp(min=1)
         return Unrolled(found.loss * places, found.kl_K * share_K, found.accepted_K * share_K, int(places))
-
-    def drafter(self) -> Drafter:
-        """See ``Head.drafter``."""
-        # As it will be served: in the target's dtype.
-        return Eagle3Drafter(copy.deepcopy(self.head).to(self.head.target_output_VD.dtype))
 
     def write(self, folder: Path, tokens: int) -> None:
         """See ``Head.write``: a folder ``draft`` that names no verifier yet."""

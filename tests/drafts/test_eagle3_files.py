@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.drafts.eagle3_files import read_head, read_stored, serve_command, write_head
+from compressor.drafts.eagle3_files import read_head, read_stored, write_head
 from compressor.errors import CheckpointError, UserError
 from tests.drafts.eagle import Target, make_head, make_target
 
@@ -80,13 +79,6 @@ def test_not_finite(target: Target, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"fc\.weight"):
         write_head(tmp_path, head, verifier="x", tokens=3, dtype=torch.float16)
     assert not list(tmp_path.iterdir())
-
-
-def test_serve_command() -> None:
-    """One word of a shell, whatever is in the paths."""
-    words = shlex.split(serve_command("/a b/m", "/a b/m/'draft", 4))
-    assert words[:4] == ["vllm", "serve", "/a b/m", "--speculative-config"]
-    assert json.loads(words[4]) == {"method": "eagle3", "model": "/a b/m/'draft", "num_speculative_tokens": 4}
 
 
 def _layer(**more: Any) -> Callable[[dict[str, Any]], Any]:

@@ -9,6 +9,7 @@ import torch
 
 from compressor.drafts.base import LAST, Drafter, Head, Rows
 from compressor.drafts.native import NativeHead, seen_in_step
+from compressor.drafts.native_drafter import NativeDrafter
 
 from .native_models import chain, hidden_of, opened, whole_pass
 
@@ -22,7 +23,7 @@ def test_proposals_are_those_of_a_whole_pass(name: str, tmp_path: Path) -> None:
     """After a prompt, after sequences have kept 0, 2 and 3 of what was proposed, and after one has left."""
     _, target, layer = opened(name, tmp_path)
     torch.manual_seed(2)
-    drafter: Drafter = NativeHead(layer).drafter()
+    drafter: Drafter = NativeDrafter(layer)
     texts = torch.randint(0, 250, (3, 24))
     ids = [row[:6] for row in texts]
     hidden_BTD = hidden_of(target, texts[:, :5])
@@ -54,7 +55,7 @@ def test_sampled_proposals_come_with_their_distributions(tmp_path: Path) -> None
     hidden_1TD = hidden_of(target, ids_1T[:, :6])
     drawn = []
     for _ in range(2):
-        drafter = NativeHead(layer).drafter()
+        drafter = NativeDrafter(layer)
         drafter.begin(ids_1T[:, :6], {LAST: hidden_1TD}, ids_1T[:, 6])
         drawn.append(drafter.propose(STEPS, torch.Generator().manual_seed(4), 0.7))
     assert torch.equal(drawn[0].ids_BK, drawn[1].ids_BK)

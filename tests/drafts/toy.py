@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import kl_div, log_softmax, pad
 
 from compressor.checkpoint.safetensors_writer import write_tensors
-from compressor.drafts.base import LAST, Drafter, Rows, Unrolled
+from compressor.drafts.base import LAST, Rows, Unrolled
 
 
 class ToyHead:
@@ -53,10 +53,6 @@ class ToyHead:
             losses.append(lost.detach())
             accepted.append(right_P.sum())
         return Unrolled(loss, torch.stack(losses), torch.stack(accepted), len(right_P))
-
-    def drafter(self) -> Drafter:
-        """Not of this head."""
-        raise NotImplementedError
 
     def write(self, folder: Path, tokens: int) -> None:
         """One file that says how many."""

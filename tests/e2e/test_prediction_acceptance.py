@@ -13,6 +13,7 @@ import compressor
 from compressor.checkpoint.dequantized import DequantizedSource
 from compressor.checkpoint.folder import FolderSource
 from compressor.drafts.native import NativeHead
+from compressor.drafts.native_drafter import NativeDrafter
 from compressor.drafts.native_layer import PredictionLayer
 from compressor.evals.decode import decode
 from compressor.evals.decode_record import Acceptance
@@ -74,6 +75,6 @@ def test_acceptance_before_and_after_w4a4(tmp_path: Path) -> None:
     # In the loop, too, and no token is another one for it.
     prompts = list(walks(3, 777)[:, :12])
     plain = decode(quantized, None, prompts, 24)
-    found = decode(quantized, NativeHead(read).drafter(), prompts, 24, tokens=STEPS)
+    found = decode(quantized, NativeDrafter(read), prompts, 24, tokens=STEPS)
     assert found.ids == plain.ids
     assert Acceptance.sum(found.acceptance, STEPS).length > 3

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compressor.drafts.eagle3_drafter import Eagle3Drafter
-from compressor.drafts.eagle3_files import read_head, serve_command, write_head
+from compressor.drafts.eagle3_files import read_head, write_head
 from compressor.evals.decode import decode
 from compressor.evals.decode_record import Acceptance
 from compressor.verify.process import engine_environment
@@ -50,7 +50,7 @@ def test_served_as_measured(case: str, tmp_path: Path, engine_python: Path) -> N
     prompts = target.written(12, 8, 32, seed=7)
     drafter = Eagle3Drafter(read_head(folder, target.config, target.ends))
     mine = decode(target.model, drafter, list(prompts), NEW, tokens=TOKENS, batch=5)
-    told = json.loads(serve_command("x", str(folder), TOKENS).split("'")[1]) if known else None
+    told = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": TOKENS} if known else None
     served = _served(target.folder if known else folder, prompts, told, engine_python, tmp_path / "served")
     plain = _served(target.folder, prompts, None, engine_python, tmp_path / "plain")
     assert served["tokens"] == plain["tokens"] == [list(ids) for ids in mine.ids]

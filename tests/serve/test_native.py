@@ -9,6 +9,7 @@ import torch
 
 from compressor.checkpoint.folder import FolderSource
 from compressor.drafts.native import NativeHead
+from compressor.drafts.native_drafter import NativeDrafter
 from compressor.drafts.native_layer import PredictionLayer
 from compressor.evals.decode import decode
 from compressor.evals.decode_record import Acceptance
@@ -35,7 +36,7 @@ def test_served_as_measured(family: str, tmp_path: Path, engine_python: Path) ->
     head.write(folder, STEPS)
     layer = PredictionLayer(FolderSource(folder), target)
     prompts = list(walks(PROMPTS, 5)[:, :PROMPT])
-    mine = decode(target, NativeHead(layer).drafter(), prompts, NEW, tokens=STEPS, batch=4)
+    mine = decode(target, NativeDrafter(layer), prompts, NEW, tokens=STEPS, batch=4)
     asked = {
         "model": str(folder),
         "prompts": [ids_T.tolist() for ids_T in prompts],
