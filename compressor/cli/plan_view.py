@@ -71,10 +71,14 @@ def _needs(plan: Plan) -> tuple[str, str]:
     prediction = plan.prediction
     measured = " and measure it" if plan.evaluation else ""
     where = "on the GPU" if plan.walk is not None and plan.walk.device == "cuda" else "on two cores"
+    what = "the weights"
+    if plan.drafts is not None:
+        what = "weights and draft"
+        where = "with the GPU" if plan.drafts.device == "cuda" else where
     return (
-        f"{_gb(prediction.peak_rss_bytes)} of memory for the weights, {_gb(plan.reload_rss_bytes)} to load "
+        f"{_gb(prediction.peak_rss_bytes)} of memory for {what}, {_gb(plan.reload_rss_bytes)} to load "
         f"the result back{measured}",
-        f"{_gb(prediction.disk_bytes)} of disk, about {_time(prediction.time_s)} for the weights {where} "
+        f"{_gb(prediction.disk_bytes)} of disk, about {_time(prediction.time_s)} for {what} {where} "
         "(estimates)",
     )
 

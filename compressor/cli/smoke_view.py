@@ -45,7 +45,17 @@ def print_smoke(plan: Plan, found: Smoke) -> None:
     for gate in report.gates:
         state = "pass" if gate.passed else "fail"
         _row("gate", f"{gate.metric} would {state}: {gate.value:.4g}, at most {gate.max_increase:.4g}")
-    _row("not shown", _NOT_PROVEN)
+    _row("not shown", _NOT_PROVEN, _undrafted(plan, found))
+
+
+def _undrafted(plan: Plan, found: Smoke) -> str:
+    """What of the section ``drafts`` was not tried."""
+    section = plan.loaded.recipe.drafts
+    if section is None:
+        return ""
+    if found.report.drafts is None:
+        return "the draft, which fits the source only"
+    return "" if section.measure is None else "decoding with the draft"
 
 
 def _row(title: str, *texts: str) -> None:

@@ -227,6 +227,9 @@ def test_drafts(tmp_path: Path, kind: str) -> None:
     if drafts is not None:
         assert drafts.training is not None
         assert (drafts.training.planned_steps, drafts.training.sequence_length) == (4, 64)
+    else:
+        said = _said(recipe, tmp_path / "out")
+        assert said.stdout.rstrip().endswith("the draft, which fits the source only")
 
 
 def test_prediction_layers_are_drafts(tmp_path: Path) -> None:
