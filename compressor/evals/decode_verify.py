@@ -46,7 +46,10 @@ def verify(
     chance_BK = torch.rand(ids_BK.shape, generator=generator, device=p_BK.device)
     kept_B = _leading(chance_BK * q_BK < p_BK)
     left_BPV = torch.cat([(p_BPV[:, :-1] - q_BKV).clamp_min(0), p_BPV[:, -1:]], dim=1)
-    left_BV = left_BPV[torch.arange(len(kept_B), device=kept_B.device), kept_B]
+    rows_B = torch.arange(len(kept_B), device=kept_B.device)
+    left_BV = left_BPV[rows_B, kept_B]
+    # Nothing is left where p and q differ by rounding alone.
+    left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BPV[rows_B, kept_B])
     return kept_B, torch.multinomial(left_BV, 1, generator=generator)[:, 0]
 
 

@@ -149,7 +149,8 @@ class HeadTrainer:
         total = _Sums()
         for rows in self._shown.pieces(self._order[list(numbers)]):
             found = self._unrolled(rows)
-            found.loss.backward()  # type: ignore[no-untyped-call]
+            if found.loss.requires_grad:  # texts that ended at once have no place to propose from
+                found.loss.backward()  # type: ignore[no-untyped-call]
             total.add(found)
         places = max(1.0, trainer.sum(torch.tensor(float(total.places), device=trainer.device)).item())
         for parameter in self._head.trained.values():

@@ -154,3 +154,14 @@ def test_the_loop_samples_as_the_target_does(which: str) -> None:
     if which == "draft_model":
         kept = [sum(part.accepted_at) for part in found.acceptance]
         assert {0, 1, 2} <= set(kept)
+
+
+def test_nothing_left_is_drawn_from_the_target() -> None:
+    """Where q is p but for rounding, p - q may have no word left: no draw from nothing."""
+    logits_BPV = torch.full((1, 2, WORDS), -1e9)
+    logits_BPV[:, :, 2] = 0
+    probs_BKV = torch.zeros(1, 1, WORDS)
+    probs_BKV[0, 0, 2] = 1e9  # a difference that is surely refused
+    proposal = Proposal(torch.tensor([[2]]), probs_BKV)
+    kept_B, next_B = verify(logits_BPV, proposal, 1.0, torch.Generator().manual_seed(0))
+    assert (kept_B.tolist(), next_B.tolist()) == ([0], [2])

@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 from compressor.calibration.spec import CalibrationSpec, DatasetSpec
 from compressor.checkpoint.safetensors_writer import write_tensors
 from compressor.drafts.base import LAST
+from compressor.drafts.native import NativeHead
 from compressor.errors import UserError
 from compressor.progress import Silent
 from compressor.stages.drafts_hidden import TargetStates
 from compressor.stages.drafts_rows import DraftRows, RowSets, row_sets, write_on
 from compressor.stages.drafts_spec import RowsSpec, TrainSpec
 from compressor.stages.drafts_train import HeadTrainer, Trained
+from tests.drafts.native_models import opened
 from tests.drafts.toy import ToyHead
 from tests.tiny import EOS_ID, tiny_llama, tiny_llama4
 
@@ -249,6 +251,18 @@ def test_no_steps_only_measure(model: Any, sets: RowSets, tmp_path: Path) -> Non
     done, _ = _trained(model, sets, tmp_path / "a", replace(TRAIN, steps=0))
     assert done.before == done.after
     assert (done.steps, done.curves) == (0, {})
+
+
+def test_rows_without_a_place_teach_nothing(tmp_path: Path) -> None:
+    """Texts that end at once: a step of them has no loss to descend, and is none to fail at."""
+    _, target, layer = opened("glm4_moe", tmp_path / "model")
+    ids_NT = torch.randint(250, (4, PROMPT), generator=torch.Generator().manual_seed(2))
+    sets = [DraftRows(ids_NT, torch.full((4,), length), torch.zeros(4).long()) for length in (2, PROMPT)]
+    head, spec = NativeHead(layer), replace(TRAIN, steps=2, save_every=2)
+    shown, held_out = (TargetStates(target, head.layers, rows, tmp_path) for rows in sets)
+    done = HeadTrainer(head, spec, shown, held_out, tmp_path, Silent()).run()
+    assert done.curves["loss"] == [0, 0]
+    assert done.after == done.before
 
 
 def _in_process(rank: int, folder: Path, port: int) -> None:
