@@ -22,10 +22,9 @@ from torch.nn.functional import linear, pad
 
 from compressor.drafts.base import LAST
 from compressor.drafts.eagle3 import Eagle3Head, Projected
+from compressor.drafts.spec import CHUNK_LOGITS
 
 DECAY = 0.8
-# Logits that exist at once: 32 MB or 1 GB in fp32.
-_CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**28}
 
 
 class Losses(NamedTuple):
@@ -168,7 +167,7 @@ class _ChunkedKl(torch.autograd.Function):
         output_grad = torch.zeros_like(output_RD, dtype=torch.float32) if wanted[1] else None
         kl_K = torch.zeros(steps, device=rows_KND.device)
         same_KN = torch.zeros(steps, rows, dtype=torch.bool, device=rows_KND.device)
-        chunk = max(1, _CHUNK_LOGITS.get(rows_KND.device.type, 2**23) // len(target_VD))
+        chunk = max(1, CHUNK_LOGITS[rows_KND.device.type] // len(target_VD))
         for start in range(0, rows, chunk):
             here = slice(start, start + chunk)
             logits_PV = linear(target_ND[here].detach().to(target_VD.dtype), target_VD).float()

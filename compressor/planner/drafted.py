@@ -10,6 +10,7 @@ from compressor.checkpoint.base import Source
 from compressor.device import available_device_bytes, available_memory_bytes
 from compressor.drafts.eagle3_shape import shape_for
 from compressor.drafts.native_table import prediction_names
+from compressor.drafts.spec import CHUNK_LOGITS
 from compressor.errors import PlanError, UserError
 from compressor.evals.base import EvalSpec
 from compressor.evals.decode_spec import DecodeSpec
@@ -32,7 +33,7 @@ from compressor.recipe.drafts import DraftsSection
 from compressor.recipe.load import LoadedRecipe
 from compressor.recipe.model import ModelSection, WeightRule, WeightsSection
 from compressor.report.words import duration
-from compressor.stages.adapt_memory import CHUNK_LOGITS, kept_bytes
+from compressor.stages.adapt_memory import kept_bytes
 from compressor.stages.base import Claim
 from compressor.stages.drafts_spec import PIECE_TOKENS, DraftSpec
 from compressor.workspace import stage_key

@@ -9,12 +9,12 @@ from compressor.drafts.spec import Kind
 from compressor.report.decoding import decoding_notes, decoding_rows
 from compressor.report.record import Count, Measure, Ordered, Record
 from compressor.report.words import duration, number, percent, size
+from compressor.stages.drafts_spec import DRAFT_FOLDER
 
 DRAFT_HEADS = ("steps", "loss", "tokens a pass")
 HELD_OUT_HEADS = ("held-out texts", "tokens a pass before", "tokens a pass", "accepted by place")
 _ROWS = 8
 _METHODS: dict[Kind, str] = {"native": "mtp", "eagle3": "eagle3", "draft_model": "draft_model"}
-DRAFT_FOLDER = "draft"
 _WHOSE: dict[Kind, str] = {
     "native": "The source's own prediction layer",
     "eagle3": "An EAGLE-3 head",

@@ -201,7 +201,7 @@ class _Sums:
         self._losses: Any = 0.0
         self._accepted: Any = 0.0
 
-    def add(self, found: Any) -> None:
+    def add(self, found: Unrolled) -> None:
         """Adds one piece's."""
         self.loss += float(found.loss.detach())
         self.places += found.places

@@ -206,7 +206,7 @@ class Trainer:
             raise UserError(
                 f"the loss is {told['loss']} in step {done.step + 1}",
                 where=f"{schedule.where}.learning_rate",
-                fix="lower it, or raise warmup_steps",
+                fix="lower it, or let more steps warm up",
             )
         for parameter in trained.values():
             if parameter.grad is None:

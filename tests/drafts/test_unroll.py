@@ -63,7 +63,7 @@ def test_equals_running_the_head(target: Target, before: bool) -> None:
 @pytest.mark.parametrize("known", [None, 100])
 def test_loss(target: Target, known: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """KL, accepted tokens and gradients are those of a plain computation, a token at a time."""
-    monkeypatch.setitem(unroll_file._CHUNK_LOGITS, "cpu", 256 * 5)
+    monkeypatch.setitem(unroll_file.CHUNK_LOGITS, "cpu", 256 * 5)
     head, ids_BT = make_head(target, known=known), _texts()
     weight_BT = (torch.rand(ids_BT.shape, generator=torch.Generator().manual_seed(1)) > 0.3).float()
     losses = Unroll(head, STEPS)(ids_BT, target.hidden(ids_BT, head.shape.layers), weight_BT)
