@@ -56,7 +56,7 @@ def test_no_number_is_cut(width: int) -> None:
         for name in ("draft_model", "last token")
     ]
     domains = (DomainFigures("prose", 16, 16, 0, 2.5, tuple(drafts)),)
-    result = DecodingResult(3, 20, 0.0, 3, "float32", "a machine", domains)
+    result = DecodingResult(3, 20, 0.0, 3, "float32", "a machine", False, domains)
     file = StringIO()
     print_decoding(result.to_json(), report_console(file, width))
     text = file.getvalue()
