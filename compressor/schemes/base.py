@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from compressor.numerics.input_ranges import InputRange
     from compressor.numerics.lattice import Lattice
 
-__all__ = ["FreeScales", "Kinds", "Scales", "Scheme", "Search", "indivisible"]
+__all__ = ["Arithmetic", "FreeScales", "Kinds", "Scales", "Scheme", "Search", "indivisible"]
 
 Search = Literal["full", "minmax"]
+Arithmetic = Literal["bf16", "fp8", "int8", "fp4"]
 
 
 def indivisible(out_features: int, in_features: int, size: int, what: str, advice: str = "") -> str | None:
@@ -109,6 +110,11 @@ class Scheme(BaseModel):
     def rounds_inputs(self) -> bool:
         """Whether engines round the matrix's inputs as they compute."""
         return _input_args(self) is not None
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The format that engines multiply in, where the device has it; plans ask, so nothing is imported."""
+        return "bf16"
 
     def problem(self, out_features: int, in_features: int, *, fused: bool) -> str | None:
         """Why a matrix of this shape cannot be stored so (a sentence with a suggestion), or None.

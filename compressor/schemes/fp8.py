@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from compressor.schemes.base import Scales, Search, indivisible
+from compressor.schemes.base import Arithmetic, Scales, Search, indivisible
 from compressor.schemes.grouped import GroupedScheme, Ratios, ratios_between, scale_dtype
 from compressor.spec import TensorHeader
 
@@ -51,6 +51,11 @@ class _Fp8(GroupedScheme):
 
     def _ratios(self) -> Ratios:
         return Ratios(ratios_between(1.0, 2.0, 16))
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """See ``Scheme.arithmetic``."""
+        return "fp8"
 
 
 class Fp8Dynamic(_Fp8):

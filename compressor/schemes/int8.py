@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from compressor.schemes.base import indivisible
+from compressor.schemes.base import Arithmetic, indivisible
 from compressor.schemes.grouped import Ratios, ratios_between, scale_dtype
 from compressor.schemes.packed_int import GroupSize, PackedInt, group_advice
 from compressor.spec import TensorHeader
@@ -40,6 +40,11 @@ class Int8(PackedInt):
         if self.activations == "dynamic":
             return "W8A8"
         return f"W8A16 g{self.group_size}" if self.group_size else "W8A16"
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """See ``Scheme.arithmetic``."""
+        return "bf16" if self.activations == "none" else "int8"
 
     @property
     def _bits(self) -> Literal[4, 8]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from compressor.schemes.base import indivisible
+from compressor.schemes.base import Arithmetic, indivisible
 from compressor.schemes.grouped import GroupedScheme, Ratios
 from compressor.spec import TensorHeader
 
@@ -34,6 +34,11 @@ class Mxfp4(GroupedScheme):
     def label(self) -> str:
         """See ``Scheme.label``."""
         return "MXFP4A16" if self.activations == "none" else "MXFP4"
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """See ``Scheme.arithmetic``."""
+        return "bf16" if self.activations == "none" else "fp4"
 
     def problem(self, out_features: int, in_features: int, *, fused: bool) -> str | None:
         """See ``Scheme.problem``."""

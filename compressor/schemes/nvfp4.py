@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from compressor.schemes.base import FreeScales, Scales, Scheme, Search, indivisible
+from compressor.schemes.base import Arithmetic, FreeScales, Scales, Scheme, Search, indivisible
 from compressor.spec import TensorHeader
 
 if TYPE_CHECKING:
@@ -167,6 +167,11 @@ class Nvfp4(Nvfp4A16):
     def label(self) -> str:
         """See ``Scheme.label``."""
         return "NVFP4"
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """See ``Scheme.arithmetic``."""
+        return "fp4"
 
     @property
     def static_inputs(self) -> bool:
