@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
-from math import comb, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compressor.evals.generation import GenerationAgreement
     from compressor.evals.kv_record import KvResult
     from compressor.evals.long_record import LongResult
     from compressor.evals.long_spec import LongSpec
+    from compressor.evals.speed import SpeedResult
+    from compressor.evals.task_record import TaskComparison
+    from compressor.evals.units import Units
 
-# lm-eval tasks that run offline: each is calibration/NAME/NAME.yaml with its items beside it.
-SHIPPED_TASKS = ("piqa",)
+# lm-eval tasks that run offline: each is calibration/NAME/NAME.yaml with its items beside it. Items of others
+# come from the Hub.
+SHIPPED_TASKS = ("openbookqa", "piqa")
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,7 @@ class TextResult:
         perplexity_source: exp of the mean negative log-likelihood in nats.
         perplexity_result: the same of the result.
         increase: perplexity_result / perplexity_source - 1.
-        increase_ci95: low and high end of the paired bootstrap interval over windows of ``increase``, or
-            None where there is one window only.
+        increase_ci95: 95% interval of ``increase``, units drawn again in pairs; None where they are too few.
         kl_mean: KL(source || result) of the next-token distributions, nats per scored token.
         kl_p999: its 99.9th percentile over scored tokens.
         top1_agreement: fraction of scored tokens where both models rank the same token first.
@@ -35,6 +37,9 @@ class TextResult:
         scored_tokens: of these, the ones that were predicted.
         context: tokens of one window.
         windows: how many there were.
+        kl_ci95: 95% interval of ``kl_mean``.
+        units: the figures by document or window, or None where they were not kept.
+        seed: of the intervals.
     """
 
     perplexity_source: float
@@ -48,9 +53,16 @@ class TextResult:
     scored_tokens: int
     context: int
     windows: int
+    kl_ci95: tuple[float, float] | None = None
+    units: Units | None = None
+    seed: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able: ``perplexity``, ``kl``, ``top1_agreement``, ``tokens`` and how they were measured."""
+        """JSON-able: ``perplexity``, ``kl``, ``top1_agreement``, ``tokens`` and how they were measured.
+
+        ``documents`` and ``domains`` where anything is known of them.
+        """
+        documents = self.units.documents if self.units else ()
         return {
             "perplexity": {
                 "source": self.perplexity_source,
@@ -58,13 +70,48 @@ class TextResult:
                 "increase": self.increase,
                 "increase_ci95": self.increase_ci95,
             },
-            "kl": {"mean": self.kl_mean, "p999": self.kl_p999},
+            "kl": {"mean": self.kl_mean, "p999": self.kl_p999, "mean_ci95": self.kl_ci95},
             "top1_agreement": self.top1_agreement,
             "tokens": self.tokens,
             "scored_tokens": self.scored_tokens,
             "context": self.context,
             "windows": self.windows,
+            "interval_unit": self.units.kind if self.units else "",
+            "domains": self.units.domains(self.seed) if self.units else [],
+            "documents": [unit.to_json() for unit in documents],
         }
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """Greedy continuations of the evaluation text.
+
+    Attributes:
+        prompts: places of the text that are continued, evenly spaced; fewer where the text is short.
+        prompt_tokens: before each.
+        new_tokens: of each continuation.
+    """
+
+    prompts: int = 16
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class SpeedSpec:
+    """Decoding against the clock.
+
+    Attributes:
+        prompt_tokens: of each sequence.
+        new_tokens: of each sequence, two at least.
+        batch: sequences at once.
+        runs: that are timed, source and result by turns.
+    """
+
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    batch: int = 1
+    runs: int = 5
 
 
 @dataclass(frozen=True)
@@ -77,9 +124,12 @@ class EvalSpec:
         text_is_shipped: whether it is one of the package's own texts.
         tokens: how many of its tokens are read, or None for all.
         context: tokens of one window.
-        tasks: shipped lm-eval task -> how many of its items to use, None for all.
-        seed: of the bootstrap interval.
+        tasks: lm-eval task -> how many of its items to use, None for all.
+        seed: of the intervals.
         long: what to measure at long context, or None.
+        seeds: of what tasks draw: few-shot examples, sampled answers; a task that draws is asked with each.
+        generation: how greedy continuations are compared, or None.
+        speed: how decoding is timed, or None.
     """
 
     text: Path
@@ -90,80 +140,15 @@ class EvalSpec:
     seed: int = 0
     text_is_shipped: bool = False
     long: LongSpec | None = None
+    seeds: tuple[int, ...] = (0,)
+    generation: GenerationSpec | None = None
+    speed: SpeedSpec | None = None
 
     @property
     def texts(self) -> dict[str, Path]:
         """The files that are measured on, by how a message names them."""
         long = {} if self.long is None else {"the long evaluation's documents": self.long.documents}
         return {"the evaluation text": self.text} | long
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One model on one task.
-
-    Attributes:
-        name: the task.
-        correct: metric (``acc``, ``acc_norm``) -> whether each item was answered rightly, in item order.
-    """
-
-    name: str
-    correct: dict[str, tuple[bool, ...]]
-
-    def accuracy(self, metric: str = "acc") -> float:
-        """Fraction of items answered rightly."""
-        items = self.correct[metric]
-        return sum(items) / len(items)
-
-
-@dataclass(frozen=True)
-class MetricComparison:
-    """One metric of one task, source against result on the same items.
-
-    Attributes:
-        source: accuracy of the source.
-        result: accuracy of the result.
-        difference: result - source.
-        stderr: standard error of ``difference``, paired over items.
-        n: items.
-        lost: items that only the source answered rightly.
-        gained: items that only the result answered rightly.
-        p_value: exact two-sided McNemar test of ``lost`` against ``gained`` (McNemar 1947).
-    """
-
-    source: float
-    result: float
-    difference: float
-    stderr: float
-    n: int
-    lost: int
-    gained: int
-    p_value: float
-
-
-@dataclass(frozen=True)
-class TaskComparison:
-    """One task, all its metrics; higher is better in each."""
-
-    name: str
-    metrics: dict[str, MetricComparison]
-
-    def to_json(self) -> dict[str, Any]:
-        """Metric -> its figures."""
-        return {
-            metric: {
-                "source": figures.source,
-                "result": figures.result,
-                "difference": figures.difference,
-                "stderr": figures.stderr,
-                "n": figures.n,
-                "lost": figures.lost,
-                "gained": figures.gained,
-                "p_value": figures.p_value,
-                "higher_is_better": True,
-            }
-            for metric, figures in self.metrics.items()
-        }
 
 
 @dataclass(frozen=True)
@@ -182,6 +167,9 @@ class EvalResult:
             them alone.
         kv: the result with each KV-cache format that was asked for, against itself with a 16-bit cache.
         long: source and result at long context, or None where not asked for.
+        generation: greedy continuations of both, or None where not asked for.
+        speed: decoding of both against the clock, or None where not asked for.
+        seed: of the intervals.
     """
 
     text: TextResult
@@ -194,12 +182,15 @@ class EvalResult:
     activations_simulated: bool | None
     kv: tuple[KvResult, ...] = ()
     long: LongResult | None = None
+    generation: GenerationAgreement | None = None
+    speed: SpeedResult | None = None
+    seed: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able: the text's figures at the top, then ``tasks`` by name and how it was measured.
 
-        ``kv`` is a list with a record for each format, empty where none was asked for; ``long`` is there
-        where it was asked for.
+        ``kv`` is a list with a record for each format, empty where none was asked for; ``long``,
+        ``generation`` and ``speed`` are there where they were asked for.
         """
         return {
             **self.text.to_json(),
@@ -212,39 +203,6 @@ class EvalResult:
             "activations_simulated": self.activations_simulated,
             "kv": [measured.to_json() for measured in self.kv],
             **({"long": self.long.to_json()} if self.long else {}),
+            **({"generation": self.generation.to_json()} if self.generation else {}),
+            **({"speed": self.speed.to_json()} if self.speed else {}),
         }
-
-
-def compare_tasks(source: TaskResult, result: TaskResult) -> TaskComparison:
-    """Source against result, item by item; both must have run on the same items."""
-    assert source.name == result.name
-    assert source.correct.keys() == result.correct.keys()
-    metrics = {metric: _paired(source.correct[metric], result.correct[metric]) for metric in source.correct}
-    return TaskComparison(source.name, metrics)
-
-
-def _paired(source: Sequence[bool], result: Sequence[bool]) -> MetricComparison:
-    assert len(source) == len(result) > 0
-    n = len(source)
-    lost = sum(before and not after for before, after in zip(source, result, strict=True))
-    gained = sum(after and not before for before, after in zip(source, result, strict=True))
-    difference = (gained - lost) / n
-    # Each item's difference is -1, 0 or 1: its second moment is the fraction of discordant items.
-    variance = (lost + gained) / n - difference**2
-    return MetricComparison(
-        source=sum(source) / n,
-        result=sum(result) / n,
-        difference=difference,
-        stderr=sqrt(max(variance, 0.0) / max(n - 1, 1)),
-        n=n,
-        lost=lost,
-        gained=gained,
-        p_value=_mcnemar(lost, gained),
-    )
-
-
-def _mcnemar(lost: int, gained: int) -> float:
-    """Two-sided binomial test of ``lost`` out of ``lost + gained`` at one half, in exact integers."""
-    discordant = lost + gained
-    tail = sum(comb(discordant, count) for count in range(min(lost, gained) + 1))
-    return min(1.0, float(Fraction(2 * tail, 2**discordant)))

@@ -170,6 +170,9 @@ class _Measure:
                     speedup=median(speedups[name]),
                     tokens=result.tokens,
                     passes=result.passes,
+                    prompts=tuple(
+                        (sum(part.accepted_at), part.drafts * self._spec.tokens) for part in counted
+                    ),
                 )
             )
         return DomainFigures(domain, batch, len(used), looping, median(plain_s), tuple(figures))

@@ -88,6 +88,7 @@ class DraftFigures:
         speedup: median over runs of plain decoding's seconds a token over the drafter's in the run after it.
         tokens: new tokens of one run.
         passes: of the target in one run, without those of the prompts.
+        prompts: of each continuation that does not loop, accepted and proposed tokens.
     """
 
     name: str
@@ -98,6 +99,7 @@ class DraftFigures:
     speedup: float
     tokens: int
     passes: int
+    prompts: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able: the attributes, acceptance's figures among them."""
@@ -111,6 +113,7 @@ class DraftFigures:
             "speedup": self.speedup,
             "tokens": self.tokens,
             "passes": self.passes,
+            "prompts": [list(pair) for pair in self.prompts],
         }
 
 

@@ -201,7 +201,7 @@ def _ruler(
     if asked is None:
         return {}
     # lm-eval takes seconds to import.
-    from compressor.evals.tasks import run_ruler
+    from compressor.evals.ruler import run_ruler
 
     return {
         name: tuple(

@@ -131,6 +131,7 @@ def find(
             trials=len(found),
             found=sum(right for _, right in found),
             logprob=sum(logprob for logprob, _ in found) / len(found),
+            right=tuple(right for _, right in found),
         )
         for (tokens, depth), found in answers.items()
     )

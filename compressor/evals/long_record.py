@@ -116,6 +116,7 @@ class FoundCell:
         trials: how many texts.
         found: of these, the ones whose answer is what greedy decoding gives.
         logprob: mean log-probability of an answer, nats.
+        right: of each text, whether its answer was found.
     """
 
     kind: str
@@ -124,6 +125,7 @@ class FoundCell:
     trials: int
     found: int
     logprob: float
+    right: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)

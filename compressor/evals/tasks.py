@@ -1,25 +1,27 @@
-"""lm-eval tasks that run offline: from shipped items, and RULER's, which make their own data.
-
-The only file that names ``lm_eval``, slow to import.
+"""lm-eval tasks on a model: from shipped items, or by any name that lm-eval knows, with items from the Hub.
 
 Legend: B sequences of a batch, T tokens of the longest, P scored positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from compressor.data import shipped_root
 from compressor.errors import CheckpointError, UserError
-from compressor.evals.base import TaskResult
+from compressor.evals.answers import Answers
+from compressor.evals.base import SHIPPED_TASKS
+from compressor.evals.harness import HFLM, VERSION, TaskManager, evaluate
 from compressor.evals.head import plain_head
-from compressor.evals.long_record import RulerScore
-from compressor.evals.long_spec import check_ruler, missing_packages
+from compressor.evals.task_record import TaskResult
 from compressor.model.quiet import quiet
 
 if TYPE_CHECKING:
@@ -27,12 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from compressor.progress import Progress
-
-# Importing it warns and logs.
-with quiet():
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
 BATCH_TOKENS = 2048
 LOGIT_BYTES = 256 * 2**20
@@ -43,6 +39,48 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 Answer = tuple[float, bool]
 
 
+def check_task(name: str, *, where: str = "") -> None:
+    """Refuses a task that neither ships nor is one of lm-eval's; reads no items.
+
+    Raises:
+        UserError: naming those that are spelled alike.
+    """
+    if name in SHIPPED_TASKS or name in (known := _known().all_tasks):
+        return
+    near = difflib.get_close_matches(name, [*SHIPPED_TASKS, *known], n=4)
+    raise UserError(
+        f"unknown task {name!r}; shipped: {', '.join(SHIPPED_TASKS)}",
+        where=where,
+        fix=f"name it as lm-eval does{': ' + ', '.join(near) if near else ''}",
+    )
+
+
+def load_task(name: str, hub: Path) -> dict[str, Any]:
+    """The task as lm-eval's ``evaluate`` takes it, its items read: those that do not ship from the Hub.
+
+    Args:
+        name: of a shipped task, or lm-eval's name of a task, group or tag.
+        hub: folder that items are fetched to.
+
+    Raises:
+        UserError: no such task, its items cannot be fetched, or it runs code from the Hub or of the model's.
+    """
+    check_task(name)
+    manager = _shipped(name) if name in SHIPPED_TASKS else _known()
+    try:
+        with quiet(), _fetched_to(hub), _no_fetched_code():
+            found: dict[str, Any] = manager.load([name])
+    except Exception as error:  # whatever the Hub's client, the network or a task's own code raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"the task {name} cannot be prepared: {why}",
+            fix=f"check the connection, or use a shipped task: {', '.join(SHIPPED_TASKS)}",
+        ) from error
+    if any(getattr(task, "UNSAFE_CODE", False) for task in found["tasks"].values()):
+        raise UserError(f"the task {name} runs code that the model writes, which is not done here")
+    return found
+
+
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,31 +88,149 @@ def run_tasks(
     *,
     whose: str,
     progress: Progress,
+    hub: Path,
+    seeds: Sequence[int] = (0,),
+    answers: Answers | None = None,
 ) -> dict[str, TaskResult]:
-    """The model on each task, zero-shot and without chat template, as lm-eval runs it by default.
+    """The model on each task as lm-eval runs it by default, without chat template.
 
     Args:
         model: on its device, in the dtype to compute in.
         tokenizer: the model's.
-        tasks: shipped task (``SHIPPED_TASKS``) -> how many of its items to use, None for all.
+        tasks: task -> how many of its items to use (of each of a group's tasks), None for all.
         whose: ``source`` or ``result``, for progress and errors.
         progress: told the requests done.
+        hub: folder that items of tasks which do not ship are fetched to.
+        seeds: of few-shot examples and of sampled answers; only tasks that draw are run with each of them.
+        answers: what the model answered before, or None to ask it always.
 
     Raises:
         CheckpointError: a log-likelihood is NaN.
+        UserError: an unknown task, or one whose items cannot be fetched or asked.
     """
     results = {}
     for name, limit in tasks.items():
-        folder = shipped_root() / "calibration" / name
-        with quiet():
-            manager = TaskManager(include_path=str(folder), include_defaults=False)
-            scorer = _Scorer(model, tokenizer, f"{name} ({whose})", progress)
-            found = evaluate(lm=scorer, task_dict=manager.load([name]), limit=limit, bootstrap_iters=0)
-        samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
-        metrics = samples[0]["metrics"]
-        correct = {metric: tuple(bool(sample[metric]) for sample in samples) for metric in metrics}
-        results[name] = TaskResult(name, correct)
+        scorer = _scorer(model, tokenizer, f"{name} ({whose})", progress, answers)
+        runs = []
+        for seed in seeds:
+            described = load_task(name, hub)
+            draws = _seed(described["tasks"].values(), seed)
+            scorer.seed = seed if draws else None
+            runs.append(_run(name, scorer, described, limit))
+            if not draws:
+                break
+        results[name] = _averaged(runs)
     return results
+
+
+def _scorer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    label: str,
+    progress: Progress,
+    answers: Answers | None,
+) -> _Scorer:
+    with quiet():
+        return _Scorer(model, tokenizer, label, progress, answers)
+
+
+def _run(name: str, scorer: _Scorer, described: dict[str, Any], limit: int | None) -> TaskResult:
+    """One pass over the items; those of a group's tasks one after another."""
+    try:
+        with quiet(), _no_fetched_code():
+            found = evaluate(lm=scorer, task_dict=described, limit=limit, bootstrap_iters=0)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        if name in SHIPPED_TASKS or isinstance(error, UserError):
+            raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"the task {name} cannot be run here: {why}") from error
+    scores: dict[str, list[float]] = {}
+    lower: set[str] = set()
+    for task, samples in found["samples"].items():
+        better = described["tasks"][task].higher_is_better()
+        first = samples[0]["filter"]
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+            # Filters read the same answers in other ways; the first is the task's own order.
+            if sample["filter"] != first:
+                continue
+            for metric in sample["metrics"]:
+                if isinstance(value := sample[metric], int | float):
+                    scores.setdefault(metric, []).append(float(value))
+                    lower |= set() if better.get(metric, True) else {metric}
+    items = max(map(len, scores.values()), default=0)
+    # Only what every item has can be compared in pairs.
+    whole = {metric: tuple(values) for metric, values in scores.items() if len(values) == items}
+    if not whole:
+        raise UserError(f"the task {name} has no figure of single items, so that nothing can be compared")
+    return TaskResult(name, whole, frozenset(lower & whole.keys()))
+
+
+def _averaged(runs: Sequence[TaskResult]) -> TaskResult:
+    """The same items asked several times: of each item the mean."""
+    first = runs[0]
+    if len(runs) == 1:
+        return first
+    scores = {
+        metric: tuple(
+            sum(values) / len(runs) for values in zip(*(run.scores[metric] for run in runs), strict=True)
+        )
+        for metric in first.scores
+    }
+    return TaskResult(first.name, scores, first.lower_is_better, seeds=len(runs))
+
+
+def _seed(tasks: Iterable[Any], seed: int) -> bool:
+    """Whether any of them draws few-shot examples or samples answers; it is seeded here."""
+    import torch
+
+    draws = False
+    for task in tasks:
+        if task.config.num_fewshot:
+            task.set_fewshot_seed(seed=seed)
+            draws = True
+        draws |= bool((task.config.generation_kwargs or {}).get("do_sample"))
+    torch.manual_seed(seed)
+    return draws
+
+
+@cache
+def _known() -> Any:
+    """Everything that lm-eval names; indexing takes seconds."""
+    with quiet():
+        return TaskManager()
+
+
+def _shipped(name: str) -> Any:
+    with quiet():
+        folder = shipped_root() / "calibration" / name
+        return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+@contextmanager
+def _fetched_to(hub: Path) -> Iterator[None]:
+    """lm-eval asks ``datasets`` for items without saying where they go."""
+    import datasets
+    from huggingface_hub import constants
+
+    with (
+        patch.object(datasets.config, "HF_DATASETS_CACHE", hub / "datasets"),
+        patch.object(constants, "HF_HUB_CACHE", str(hub)),
+    ):
+        yield
+
+
+@contextmanager
+def _no_fetched_code() -> Iterator[None]:
+    """Metrics that tasks load by name are Python files of the Hub, which are run as they are imported."""
+    if find_spec("evaluate") is None:
+        yield
+        return
+
+    def refused(path: str, *_: Any, **__: Any) -> None:
+        raise UserError(f"its metric {path} is code from the Hub, which is not run here")
+
+    with patch.object(import_module("evaluate.loading"), "evaluation_module_factory", refused):
+        yield
 
 
 class _Scorer(HFLM):  # type: ignore[misc]
@@ -85,29 +241,60 @@ class _Scorer(HFLM):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str, progress: Progress
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        label: str,
+        progress: Progress,
+        answers: Answers | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8, softmax_dtype="float32")
         self._label = label
         self._progress = progress
+        self._answers = answers
+        # Of sampled answers; None where nothing is drawn.
+        self.seed: int | None = None
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        # As the model reads it: the same words are other tokens to another tokenizer.
+        asked = [[self.tok_encode(request.args[0]), *request.args[:2]] for request in requests]
+        self._progress.start(self._label, len(requests), "items")
+        made: list[str] = self._kept(
+            "generate",
+            [self.seed, asked],
+            lambda: super(_Scorer, self).generate_until(requests, disable_tqdm=True),
+        )
+        self._progress.finish()
+        return made
+
+    def _kept(self, kind: str, asked: Any, compute: Callable[[], list[Any]]) -> list[Any]:
+        if self._answers is None:
+            return compute()
+        # What lm-eval puts in the place of what a task leaves open differs by version.
+        return self._answers.kept(f"{kind} of lm-eval {VERSION}", asked, compute)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        import torch
-
+        asked = [[context, continuation] for _, context, continuation in requests]
         self._progress.start(self._label, len(requests), "items")
-        probe_T = torch.tensor(requests[0][1] + requests[0][2])
-        if plain_head(self.model, probe_T):
-            answers = self._score_in_batches(requests)
-        else:
-            answers = super()._loglikelihood_tokens(requests, disable_tqdm=True)
+        found = self._kept("loglikelihood", asked, lambda: self._loglikelihoods(requests))
+        answers = [(float(total), bool(greedy)) for total, greedy in found]
         self._progress.finish()
         if any(total != total for total, _ in answers):
             raise CheckpointError(
                 f"{self._label}: log-likelihoods are NaN",
                 fix="its weights or scales are broken, or it needs a wider dtype",
             )
+        return answers
+
+    def _loglikelihoods(self, requests: list[Request]) -> list[Answer]:
+        import torch
+
+        probe_T = torch.tensor(requests[0][1] + requests[0][2])
+        if plain_head(self.model, probe_T):
+            return self._score_in_batches(requests)
+        answers: list[Answer] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
         return answers
 
     def _score_in_batches(self, requests: list[Request]) -> list[Answer]:
@@ -164,227 +351,3 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         take = max(1, BATCH_TOKENS // lengths[order[0]])
         yield order[:take]
         order = order[take:]
-
-
-# How lm-eval's YAML files of RULER (tasks/ruler) differ: most tokens of an answer, and what is before the
-# words that an answer begins with.
-_RULER_ANSWERS = {
-    "niah_single_1": (128, " "),
-    "niah_multikey_2": (128, " "),
-    "niah_multikey_3": (128, " "),
-    "ruler_vt": (30, " "),
-    "ruler_cwe": (120, "\n\n"),
-    "ruler_fwe": (50, " "),
-}
-_NIAH = {
-    "niah_single_1": ("repeat", "words", "numbers"),
-    "niah_multikey_2": ("needle", "words", "numbers"),
-    "niah_multikey_3": ("needle", "uuids", "uuids"),
-}
-
-
-def run_ruler(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: str,
-    *,
-    tokens: int,
-    limit: int,
-    seed: int,
-    whose: str,
-    progress: Progress,
-) -> RulerScore:
-    """The model on a RULER task (arXiv 2404.06654) as lm-eval words and scores it: greedy, no chat template.
-
-    lm-eval would make 500 samples, whatever the limit, with a tokenizer that it loads by name and trusts:
-    here its functions make ``limit`` of them, with the model's own.
-
-    Args:
-        model: on its device, in the dtype to compute in; no length is refused that it computes.
-        tokenizer: the model's.
-        task: of ``long_spec.RULER_TASKS``.
-        tokens: the most that a prompt and its answer may have.
-        limit: how many samples.
-        seed: of the samples: the same for source and result.
-        whose: ``source`` or ``result``, for progress.
-        progress: told the samples done.
-
-    Raises:
-        UserError: the task cannot be run, or a sample does not fit in ``tokens``.
-    """
-    if reason := check_ruler(task):
-        raise UserError(reason)
-    if missing := missing_packages(task):
-        raise UserError(f"{task} needs the package {', '.join(missing)}, which is not installed")
-    progress.start(f"{task} {tokens:,} ({whose})", limit, "items")
-    with quiet():
-        samples = ruler_samples(task, tokenizer, tokens=tokens, count=limit, seed=seed)
-        manager = TaskManager(include_defaults=False)
-        described = manager.load([_ruler_task(task, tokens, samples)])
-        answerer = _Answerer(model, tokenizer, tokens, progress)
-        found = evaluate(lm=answerer, task_dict=described, bootstrap_iters=0)
-    progress.finish()
-    scores = [sample[str(tokens)] for sample in found["samples"][task]]
-    return RulerScore(task=task, tokens=tokens, samples=len(scores), score=sum(scores) / len(scores))
-
-
-def ruler_samples(
-    task: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, count: int, seed: int
-) -> list[dict[str, Any]]:
-    """``count`` samples as lm-eval's functions make them of a seed.
-
-    Raises:
-        UserError: none fits in ``tokens``.
-    """
-    with _offline(), _seeded(seed), redirect_stdout(StringIO()):
-        try:
-            if task in _NIAH:
-                return _niah(task, tokenizer, tokens, count)
-            if task == "ruler_vt":
-                return _variables(tokenizer, tokens, count)
-            if task == "ruler_cwe":
-                return _common_words(tokenizer, tokens, count, seed)
-            return _frequent_words(tokenizer, tokens, count)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{task}: no sample of {tokens} tokens can be made: {error}") from error
-
-
-def _niah(task: str, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int) -> list[dict[str, Any]]:
-    from lm_eval.tasks.ruler.niah_utils import TEMPLATE
-    from lm_eval.tasks.ruler.prepare_niah import generate_samples, get_haystack
-
-    haystack, keys, values = _NIAH[task]
-    made: list[dict[str, Any]] = generate_samples(
-        get_haystack(type_haystack=haystack),
-        TOKENIZER=tokenizer,
-        max_seq_length=tokens,
-        template=TEMPLATE,
-        type_haystack=haystack,
-        type_needle_k=keys,
-        type_needle_v=values,
-        num_samples=count,
-    )
-    return made
-
-
-def _check_fits(tokenizer: PreTrainedTokenizerBase, text: str, more: int, most: int) -> None:
-    """Of the smallest sample: lm-eval tries for ever where it does not fit; names and words differ a little.
-
-    Raises:
-        ValueError: it does not, or hardly.
-    """
-    needed = round(1.1 * (len(tokenizer(text).input_ids) + more))
-    if needed > most:
-        raise ValueError(f"the shortest one takes about {needed} tokens of {most}")
-
-
-def _variables(tokenizer: PreTrainedTokenizerBase, tokens: int, count: int) -> list[dict[str, Any]]:
-    from lm_eval.tasks.ruler.vt_utils import generate_input_output
-    from lm_eval.tasks.ruler.vt_utils import sys_vartrack_w_noise_random as make
-
-    answer, of_example = _RULER_ANSWERS["ruler_vt"][0], 500
-    with _seeded(0):
-        _check_fits(tokenizer, generate_input_output(5, 1, 4, is_icl=True)[0], answer, of_example)
-        _check_fits(tokenizer, generate_input_output(10, 1, 4)[0], answer + of_example, tokens)
-    (example,) = make(tokenizer=tokenizer, num_samples=1, max_seq_length=of_example, incremental=5)
-    made: list[dict[str, Any]] = make(
-        tokenizer=tokenizer, num_samples=count, max_seq_length=tokens, icl_example=example
-    )
-    return made
-
-
-def _common_words(
-    tokenizer: PreTrainedTokenizerBase, tokens: int, count: int, seed: int
-) -> list[dict[str, Any]]:
-    from lm_eval.tasks.ruler import cwe_utils
-
-    with _seeded(0):
-        shortest = "".join(cwe_utils.generate_input_output(10, tokens)[:2])
-        _check_fits(tokenizer, shortest, _RULER_ANSWERS["ruler_cwe"][0], tokens)
-    cwe_utils.RNG.seed(seed)  # of the module, which each sample moves on
-    made: list[dict[str, Any]] = cwe_utils.sys_word_pair_random(
-        num_samples=count, max_seq_length=tokens, tokenizer=tokenizer
-    )
-    return made
-
-
-def _frequent_words(tokenizer: PreTrainedTokenizerBase, tokens: int, count: int) -> list[dict[str, Any]]:
-    from lm_eval.tasks.ruler.fwe_utils import TEMPLATE, sys_kwext
-
-    _check_fits(tokenizer, TEMPLATE, _RULER_ANSWERS["ruler_fwe"][0], tokens)
-    made: list[dict[str, Any]] = sys_kwext(tokenizer=tokenizer, max_seq_length=tokens, num_samples=count)
-    return made
-
-
-def _ruler_task(task: str, tokens: int, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """lm-eval's description of the task, with samples of our own."""
-    from datasets import Dataset
-    from lm_eval.tasks.ruler import common_utils
-
-    longest, delimiter = _RULER_ANSWERS[task]
-
-    def dataset(**_: object) -> dict[str, Dataset]:
-        return {"test": Dataset.from_list(samples)}
-
-    # Samples of one length have -1 for lm-eval's default length.
-    lengths = dict.fromkeys((str(tokens), *map(str, common_utils.DEFAULT_SEQ_LENGTHS)))
-    return {
-        "task": task,
-        "dataset_path": "",
-        "dataset_name": "",
-        "custom_dataset": dataset,
-        "output_type": "generate_until",
-        "test_split": "test",
-        "doc_to_text": "{{input}}",
-        "doc_to_target": "{{outputs}}",
-        "gen_prefix": "{{gen_prefix}}",
-        "target_delimiter": delimiter,
-        "process_results": common_utils.process_results,
-        "metric_list": [
-            {"metric": length, "aggregation": common_utils.aggregate_metrics, "higher_is_better": True}
-            for length in lengths
-        ],
-        "generation_kwargs": {"do_sample": False, "temperature": 0.0, "max_gen_toks": longest, "until": []},
-        "repeats": 1,
-        "metadata": {"version": 1.0},
-    }
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Importing RULER's functions would fetch a tokenizer of sentences, for haystacks not made here."""
-    import nltk
-
-    with patch.object(nltk, "download"):
-        yield
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """RULER draws from the generators of ``random`` and numpy, which go on afterwards as if it had not."""
-    import numpy as np
-
-    plain, numpy = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(plain)
-        np.random.set_state(numpy)
-
-
-class _Answerer(HFLM):  # type: ignore[misc]
-    """lm-eval's model for transformers, one prompt at a time, which it must not cut at the trained length."""
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, progress: Progress
-    ) -> None:
-        # Prompts may be a few tokens longer than asked for: RULER counts some of them without their answer.
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=2 * tokens)
-        self._progress = progress
-
-    def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        made: torch.Tensor = super()._model_generate(*args, **kwargs)
-        self._progress.advance(1)
-        return made

@@ -14,6 +14,7 @@ from compressor.data import text_chunks, text_suffix
 from compressor.errors import CheckpointError, UserError
 from compressor.evals.base import TextResult
 from compressor.evals.head import LogitsAt, logits_at, plain_head
+from compressor.evals.units import Passage
 from compressor.evals.windows import Window, check_finite, split_windows, summary
 from compressor.model.quiet import quiet
 from compressor.model.reach import reach
@@ -30,6 +31,7 @@ LIVE_LOGITS = 5
 
 # Characters that surely hold one token, so that a long text need not be tokenized to its end.
 CHARS_PER_TOKEN = 16
+_JOINT = "\n\n"
 
 
 @quiet()
@@ -42,6 +44,7 @@ def compare_on_text(
     progress: Progress,
     first: int | None = None,
     seed: int = 0,
+    passage: Passage | None = None,
 ) -> TextResult:
     """Both models on non-overlapping windows of ``context`` tokens; all but a window's first token scored.
 
@@ -52,7 +55,8 @@ def compare_on_text(
         context: tokens of a window, ``first`` included; the last window may be shorter.
         progress: told the tokens done.
         first: a token put before every window, for models trained always to see one (``<bos>``).
-        seed: of the bootstrap interval.
+        seed: of the intervals.
+        passage: where the tokens come from; without it nothing is said of documents.
 
     Raises:
         UserError: fewer than two tokens in a window, or more than the result's positions.
@@ -74,7 +78,7 @@ def compare_on_text(
         check_finite(done[-1], number)
         progress.advance(len(window_T) - (first is not None), f"window {number + 1} of {len(windows)}")
     progress.finish()
-    return summary(done, tokens=tokens, context=context, seed=seed)
+    return summary(done, tokens=tokens, context=context, seed=seed, passage=passage, first=first is not None)
 
 
 def _compare_window(source_at: LogitsAt, result_at: LogitsAt, ids_T: torch.Tensor, vocabulary: int) -> Window:
@@ -143,6 +147,34 @@ def tokens_from_text(tokenizer: PreTrainedTokenizerBase, path: Path, tokens: int
     return torch.tensor(ids)
 
 
+def read_passage(tokenizer: PreTrainedTokenizerBase, path: Path, tokens: int | None) -> Passage:
+    """The tokens of ``tokens_from_text``, and which document each begins in; errors as of that.
+
+    Nothing is known of documents where a tokenizer does not say which characters a token is made of.
+    """
+    import torch
+
+    ids_T = tokens_from_text(tokenizer, path, tokens)
+    documents = list(read_labelled(path))
+    text = _JOINT.join(text for _, text, _ in documents)
+    if tokens is not None:
+        text = text[: tokens * CHARS_PER_TOKEN + 1024]
+    if not tokenizer.is_fast:
+        return Passage(ids_T)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if found["input_ids"][: len(ids_T)] != ids_T.tolist():
+        return Passage(ids_T)
+    starts = torch.tensor([start for start, _ in found["offset_mapping"][: len(ids_T)]])
+    ends, end = [], 0
+    for _, document, _ in documents:
+        end += len(document) + len(_JOINT)
+        ends.append(end)
+    # What joins two documents belongs to the first.
+    document_T = torch.bucketize(starts, torch.tensor(ends), right=True)
+    read = documents[: int(document_T[-1]) + 1]
+    return Passage(ids_T, tuple(name for name, _, _ in read), tuple(of for _, _, of in read), document_T)
+
+
 def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None) -> list[int]:
     """Ids of the first ``tokens`` tokens of a text, or of all that it has; without special tokens."""
     if tokens is not None:
@@ -157,7 +189,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | No
 
 def read_text(path: Path) -> str:
     """The whole text of a plain or ``.jsonl`` file, packed by xz or not; errors as ``tokens_from_text``."""
-    text = "\n\n".join(document for _, document in read_documents(path))
+    text = _JOINT.join(document for _, document in read_documents(path))
     if not text.strip():
         raise UserError("the text is empty", where=str(path))
     return text
@@ -168,6 +200,15 @@ def read_documents(path: Path) -> Iterator[tuple[str, str]]:
 
     Raises:
         UserError: unreadable, not UTF-8, or not such JSON lines.
+    """
+    return ((name, text) for name, text, _ in read_labelled(path))
+
+
+def read_labelled(path: Path) -> Iterator[tuple[str, str, str]]:
+    """The same with each document's domain: its field ``domain``, else its id up to a slash, else the file.
+
+    Raises:
+        UserError: as ``read_documents``.
     """
     try:
         raw = b"".join(text_chunks(path))
@@ -180,22 +221,26 @@ def read_documents(path: Path) -> Iterator[tuple[str, str]]:
             f"not UTF-8 text: byte {raw[error.start]:#04x} at offset {error.start}", where=str(path)
         ) from error
     if text_suffix(path) != ".jsonl":
-        yield path.name, text
+        yield path.name, text, path.name
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield _document(line, path, number)
 
 
-def _document(line: str, path: Path, number: int) -> tuple[str, str]:
+def _document(line: str, path: Path, number: int) -> tuple[str, str, str]:
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}", where=f"{path}:{number}") from error
     if not isinstance(document, dict) or not is_unicode(document.get("text")):
         raise UserError("no field `text` with a string", where=f"{path}:{number}")
-    name = document.get("id")
-    return name if is_unicode(name) and name else f"line {number}", document["text"]
+    name, domain = document.get("id"), document.get("domain")
+    if not (is_unicode(name) and name):
+        name = f"line {number}"
+    if not (is_unicode(domain) and domain):
+        domain = name.partition("/")[0] if "/" in name else path.name
+    return name, document["text"], domain
 
 
 def is_unicode(text: object) -> TypeGuard[str]:

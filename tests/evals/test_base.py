@@ -9,7 +9,8 @@ from statistics import stdev
 import pytest
 
 from compressor.data import shipped_root
-from compressor.evals.base import SHIPPED_TASKS, EvalResult, TaskResult, TextResult, compare_tasks
+from compressor.evals.base import SHIPPED_TASKS, EvalResult, TextResult
+from compressor.evals.task_record import TaskResult, compare_tasks
 
 TEXT = TextResult(
     perplexity_source=20.0,
@@ -65,7 +66,7 @@ def test_json_has_the_contracted_keys() -> None:
         "increase": 0.25,
         "increase_ci95": [0.2, 0.3],
     }
-    assert read["kl"] == {"mean": 0.1, "p999": 2.5}
+    assert read["kl"] == {"mean": 0.1, "p999": 2.5, "mean_ci95": None}
     assert (read["top1_agreement"], read["tokens"]) == (0.75, 4096)
     assert read["tasks"]["piqa"]["acc"]["lost"] == 1
     assert read["text"] == "held.jsonl"

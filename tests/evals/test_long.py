@@ -20,7 +20,7 @@ from compressor.evals.long_needle import find, hide
 from compressor.evals.long_record import FoundCell
 from compressor.evals.long_spec import LongNeedles, LongRuler, LongSpec
 from compressor.evals.long_text import Sliding, long_documents, measure
-from compressor.evals.tasks import run_ruler
+from compressor.evals.ruler import run_ruler
 from compressor.progress import Silent
 from tests.tiny import tiny_llama
 

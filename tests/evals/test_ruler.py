@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from compressor.errors import UserError
-from compressor.evals import tasks
+from compressor.evals import ruler
 from compressor.evals.long_spec import NETWORKED_RULER_TASKS, RULER_TASKS, check_ruler
-from compressor.evals.tasks import ruler_samples, run_ruler
+from compressor.evals.ruler import ruler_samples, run_ruler
 from compressor.progress import Silent
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def test_the_first_samples_are_lm_evals(
     """By its own entry points, but for their number, which cannot be said."""
     tokens, seed = TOKENS.get(task, 500), 7
     made = ruler_samples(task, words, tokens=tokens, count=2, seed=seed)
-    with tasks._offline(), tasks._seeded(seed):
+    with ruler._offline(), ruler._seeded(seed):
         from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, vt_utils
 
         cwe_utils.RNG.seed(seed)
@@ -109,7 +109,7 @@ def test_the_tasks_are_upstreams() -> None:
     assert set(upstream) == set(RULER_TASKS) | set(NETWORKED_RULER_TASKS)
     for task in RULER_TASKS:
         theirs = {**upstream["niah_single_1"], **upstream[task]}
-        ours = tasks._ruler_task(task, 4096, [])
+        ours = ruler._ruler_task(task, 4096, [])
         for key in ("tag", "include", "metadata", "custom_dataset", "metric_list", "process_results"):
             for described in (theirs, ours):
                 described.pop(key, None)
@@ -150,7 +150,7 @@ def test_a_model_is_scored(
 
     capfd.readouterr()
     with monkeypatch.context() as patched:
-        patched.setattr(tasks, "ruler_samples", lambda *_, **__: samples)
+        patched.setattr(ruler, "ruler_samples", lambda *_, **__: samples)
         patched.setattr(model, "generate", generate)
         found = run_ruler(
             model, tokenizer, "ruler_fwe", tokens=length, limit=2, seed=0, whose="result", progress=Silent()

@@ -39,8 +39,11 @@ def test_held_out_and_calibration_text_share_nothing(name: str) -> None:
     runs = _runs(document["text"] for document in held), _runs(texts)
     assert not runs[0] & runs[1]
     assert min(len(run) for run in runs) > 50_000
-    piqa = _documents(FOLDER / "piqa" / "piqa.jsonl")
-    assert not runs[1] & _runs(f"{item['question']} {choice}" for item in piqa for choice in item["choices"])
+    for task in ("piqa", "openbookqa"):
+        items = _documents(FOLDER / task / f"{task}.jsonl")
+        asked = _runs(f"{item['question']} {choice}" for item in items for choice in item["choices"])
+        assert asked
+        assert not runs[1] & asked
 
 
 def test_conversations_are_conversations() -> None:
@@ -57,14 +60,15 @@ def test_every_file_has_its_licence_told() -> None:
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     texts = [path.name for path in FOLDER.glob("*.jsonl")]
     assert sorted(texts) == sorted(f"{name}.jsonl" for name in ("heldout", *CALIBRATION))
-    for name in (*texts, "piqa/", "LICENSE-PSF-2.0.txt", "piqa/NOTICE"):
+    for name in (*texts, "piqa/", "LICENSE-PSF-2.0.txt", "piqa/NOTICE", "openbookqa/", "openbookqa/NOTICE"):
         assert f"`{name}`" in readme
         assert (FOLDER / name).exists()
     assert "Academic Free License version 3.0" in (FOLDER / "piqa" / "NOTICE").read_text()
 
 
-def test_piqa_items_are_whole() -> None:
-    """1,500 items with two choices each and a right one among them."""
-    items = _documents(FOLDER / "piqa" / "piqa.jsonl")
-    assert len(items) == 1500
-    assert all(len(item["choices"]) == 2 and item["gold"] in (0, 1) for item in items)
+@pytest.mark.parametrize(("task", "count", "choices"), [("piqa", 1500, 2), ("openbookqa", 500, 4)])
+def test_items_are_whole(task: str, count: int, choices: int) -> None:
+    """So many items, each with so many choices and a right one among them."""
+    items = _documents(FOLDER / task / f"{task}.jsonl")
+    assert len(items) == count
+    assert all(len(item["choices"]) == choices and item["gold"] in range(choices) for item in items)

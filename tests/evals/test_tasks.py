@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from compressor.data import shipped_root
 from compressor.errors import CheckpointError
 from compressor.evals import tasks as tasks_module
+from compressor.evals.answers import Answers
+from compressor.evals.base import SHIPPED_TASKS
 from compressor.evals.tasks import run_tasks
 from compressor.progress import Silent
 from tests.tiny import tiny_llama
@@ -56,9 +58,11 @@ def test_scores_are_lm_evals_own(tiny: Model, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_piqa_is_answered_as_its_prompt_says(tiny: Model, capfd: pytest.CaptureFixture[str]) -> None:
+def test_piqa_is_answered_as_its_prompt_says(
+    tiny: Model, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """acc is by log-likelihood, acc_norm by that per character, on the upstream prompt; silent."""
-    found = run_tasks(*tiny, {"piqa": 12}, whose="source", progress=Silent())["piqa"]
+    found = run_tasks(*tiny, {"piqa": 12}, whose="source", progress=Silent(), hub=tmp_path)["piqa"]
     assert capfd.readouterr() == ("", "")
     model, tokenizer = tiny
     lines = (shipped_root() / "calibration/piqa/piqa.jsonl").read_text(encoding="utf-8").splitlines()
@@ -75,12 +79,13 @@ def test_piqa_is_answered_as_its_prompt_says(tiny: Model, capfd: pytest.CaptureF
         by_length = [score / len(choice) for score, choice in zip(scores, item["choices"], strict=True)]
         right["acc"].append(scores.index(max(scores)) == item["gold"])
         right["acc_norm"].append(by_length.index(max(by_length)) == item["gold"])
-    assert {metric: list(values) for metric, values in found.correct.items()} == right
+    assert {metric: list(values) for metric, values in found.scores.items()} == right
     assert found.accuracy("acc_norm") == sum(right["acc_norm"]) / 12
 
 
-def test_the_task_is_upstreams() -> None:
-    """The YAML differs from lm-eval's piqa only in where the items come from."""
+@pytest.mark.parametrize("task", SHIPPED_TASKS)
+def test_the_tasks_are_upstreams(task: str) -> None:
+    """The YAML differs from lm-eval's of that name only in where the items come from."""
     import lm_eval
 
     class Loader(yaml.SafeLoader):
@@ -90,20 +95,47 @@ def test_the_task_is_upstreams() -> None:
     upstream, ours = (
         yaml.load(path.read_text(), Loader)
         for path in (
-            Path(lm_eval.__file__).parent / "tasks/piqa/piqa.yaml",
-            shipped_root() / "calibration/piqa/piqa.yaml",
+            Path(lm_eval.__file__).parent / f"tasks/{task}/{task}.yaml",
+            shipped_root() / f"calibration/{task}/{task}.yaml",
         )
     )
-    assert ours.pop("custom_dataset") == "piqa_items.load"
+    assert ours.pop("custom_dataset") == f"{task}_items.load"
     assert ours.pop("num_fewshot") == 0
-    for key in ("dataset_path", "dataset_name", "training_split", "test_split"):
-        upstream.pop(key)
+    for key in ("dataset_path", "dataset_name", *(key for key in upstream if key.endswith("_split"))):
+        if key not in ours:
+            upstream.pop(key)
     assert ours == upstream
 
 
-def test_nan_is_not_an_answer(tiny: Model) -> None:
+def test_openbookqa_has_its_right_answers(tiny: Model, tmp_path: Path) -> None:
+    """A scorer that knows the shipped file's gold answers is right everywhere."""
+    lines = (
+        (shipped_root() / "calibration/openbookqa/openbookqa.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    items = [json.loads(line) for line in lines]
+    gold = {(item["question"], f" {item['choices'][item['gold']]}") for item in items}
+
+    class Knowing(Answers):
+        """Answers without the model."""
+
+        def kept(self, kind: str, asked: list[list[list[int]]], compute: object) -> list[tuple[float, bool]]:
+            words = [tuple(tiny[1].decode(ids) for ids in request) for request in asked]
+            return [(0.0 if pair in gold else -9.0, False) for pair in words]
+
+    found = run_tasks(
+        *tiny,
+        {"openbookqa": 40},
+        whose="source",
+        progress=Silent(),
+        hub=tmp_path,
+        answers=Knowing(tmp_path, {}),
+    )["openbookqa"]
+    assert found.scores["acc"] == (1.0,) * 40
+
+
+def test_nan_is_not_an_answer(tiny: Model, tmp_path: Path) -> None:
     """A broken model is an error, not a coin toss."""
     with torch.no_grad():
         tiny[0].lm_head.weight[:] = torch.nan
     with pytest.raises(CheckpointError, match=r"piqa \(result\): log-likelihoods are NaN"):
-        run_tasks(*tiny, {"piqa": 2}, whose="result", progress=Silent())
+        run_tasks(*tiny, {"piqa": 2}, whose="result", progress=Silent(), hub=tmp_path)

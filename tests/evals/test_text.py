@@ -104,7 +104,7 @@ def test_figures_match_a_slow_computation(
 def test_a_model_against_itself_loses_nothing(pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     """No increase, no divergence, full agreement, an interval of width zero."""
     ids_T = torch.arange(64)
-    found = compare_on_text(pair[0], pair[0], ids_T, context=32, progress=Silent())
+    found = compare_on_text(pair[0], pair[0], ids_T, context=16, progress=Silent())
     assert (found.increase, found.kl_mean, found.kl_p999, found.top1_agreement) == (0.0, 0.0, 0.0, 1.0)
     assert found.increase_ci95 == (0.0, 0.0)
 
