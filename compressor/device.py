@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,39 @@ def device_name() -> str:
     return str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
 
 
+@dataclass(frozen=True)
+class Accelerator:
+    """One CUDA device: its name, memory in all and free, and compute capability; (0, 0) where it has none."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    capability: tuple[int, int]
+
+
+def accelerators() -> tuple[Accelerator, ...]:
+    """Every CUDA device that torch can use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        # Of AMD's the numbers mean something else.
+        capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(index)
+        found.append(Accelerator(torch.cuda.get_device_name(index), total, free, capability))
+    return tuple(found)
+
+
+def multiplied_natively(capability: tuple[int, int]) -> tuple[str, ...]:
+    """Formats that tensor cores of a compute capability multiply (CUDA C++ programming guide, table of
+    compute capabilities); none where it is not known.
+    """
+    since = (("bf16", (8, 0)), ("int8", (7, 5)), ("fp8", (8, 9)), ("fp4", (10, 0)))
+    return tuple(name for name, least in since if capability >= least)
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for the device, so that a clock read afterwards means something."""
     import torch
@@ -59,6 +93,13 @@ def peak_device_bytes() -> int:
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def device_bytes() -> int:
+    """Bytes that are allocated on the accelerator now; 0 without one."""
+    import torch
+
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

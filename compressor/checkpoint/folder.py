@@ -57,7 +57,8 @@ class FolderSource:
         self._folder = folder.resolve()
         self.label = label or str(folder)
         if not self._folder.is_dir():
-            raise CheckpointError("no such folder", where=str(folder))
+            what = "a file, and no folder" if self._folder.is_file() else "no such folder"
+            raise CheckpointError(what, where=str(folder), fix="name a checkpoint's folder")
         names = sorted(os.listdir(self._folder))
         if "config.json" not in names:
             weight_files(names, str(folder))

@@ -57,7 +57,9 @@ class GgufSource:
         header = read_gguf_header(self._path)
         kind = architecture(header, self.label)
         _check_types(header.tensors, self.label)
-        self.config: dict[str, Any] = build_config(header, self._rope_factors(header.tensors), self.label)
+        self.config: dict[str, Any] = build_config(
+            header, rope_factors(self._path, header.tensors, self.label), self.label
+        )
         if self.config["num_hidden_layers"] > len(header.tensors):
             raise CheckpointError("GGUF metadata claims more layers than there are tensors", where=self.label)
         expected = expected_tensors(self.config, kind)
@@ -104,14 +106,19 @@ class GgufSource:
         """The file's name."""
         return self._path.name
 
-    def _rope_factors(self, tensors: Mapping[str, GgufTensor]) -> list[float] | None:
-        """The values of ``rope_freqs.weight`` if the file has it."""
-        stored = tensors.get(ROPE_FREQS)
-        if stored is None:
-            return None
-        if stored.kind != "F32" or len(stored.shape) != 1:
-            raise CheckpointError(f"{ROPE_FREQS} must be a vector of F32", where=self.label)
-        return [float(value) for value in _rows(self._path, stored, 0, 1)[0]]
+
+def rope_factors(path: Path, tensors: Mapping[str, GgufTensor], where: str) -> list[float] | None:
+    """The values of ``rope_freqs.weight`` if the file has it.
+
+    Raises:
+        CheckpointError: they are no vector of F32.
+    """
+    stored = tensors.get(ROPE_FREQS)
+    if stored is None:
+        return None
+    if stored.kind != "F32" or len(stored.shape) != 1:
+        raise CheckpointError(f"{ROPE_FREQS} must be a vector of F32", where=where)
+    return [float(value) for value in _rows(path, stored, 0, 1)[0]]
 
 
 def _check_types(tensors: Mapping[str, GgufTensor], where: str) -> None:

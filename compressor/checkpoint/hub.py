@@ -86,12 +86,12 @@ class HubSource:
         if "config.json" not in self._sizes:
             raise CheckpointError("config.json is missing", where=self.label)
         self.config: dict[str, Any] = parse_config(
-            self._small_file("config.json"), self.label, quantized=quantized
+            self.small_file("config.json"), self.label, quantized=quantized
         )
         if quantized and CONFIG_NAME in self._sizes:
-            self.config = with_description(self.config, self._small_file(CONFIG_NAME), self.label)
+            self.config = with_description(self.config, self.small_file(CONFIG_NAME), self.label)
         lead = weight_files(self._sizes, self.label)
-        weight_map = parse_index(self._small_file(lead), self.label) if lead == INDEX_NAME else {}
+        weight_map = parse_index(self.small_file(lead), self.label) if lead == INDEX_NAME else {}
         shards = sorted(set(weight_map.values())) or [lead]
         for shard in shards:
             if shard not in self._sizes:
@@ -111,6 +111,11 @@ class HubSource:
         """See ``Source.read``; downloads the tensor's shard first if the cache has it not."""
         shard = self.homes[name]
         return read_tensor(self._shard(shard), self.headers[name], self._files[shard].offsets[name], index)
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Every file of the repository at its commit -> its bytes."""
+        return self._sizes
 
     @property
     def held_bytes(self) -> int:
@@ -212,7 +217,7 @@ class HubSource:
             head = self._first_bytes(shard, 8 + length)
         return parse_header(head[8 : 8 + length], 8 + length, self._sizes[shard], where)
 
-    def _small_file(self, name: str) -> bytes:
+    def small_file(self, name: str) -> bytes:
         """The contents of a JSON file, up to a cap, without storing it."""
         if self._sizes[name] > MAX_JSON_BYTES:
             raise CheckpointError(f"larger than {MAX_JSON_BYTES:,} bytes", where=f"{self.label}/{name}")

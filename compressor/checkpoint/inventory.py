@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.layout import MAX_JSON_BYTES, load_config, parse_index, weight_files
-from compressor.checkpoint.safetensors_file import read_header
-from compressor.checkpoint.safetensors_writer import INDEX_NAME
+from compressor.checkpoint.layout import stated_quantization
+from compressor.checkpoint.opened import Opened, open_folder
+from compressor.checkpoint.taken_apart import StoredTensor
 from compressor.errors import CheckpointError
-from compressor.spec import TensorHeader
 
 
 @dataclass(frozen=True)
@@ -48,58 +48,36 @@ class Inventory:
 
 
 def take_inventory(folder: Path) -> Inventory:
-    """Reads config.json and every shard's header.
+    """What a local folder holds.
 
     Raises:
         CheckpointError: no checkpoint, or a file in it is broken.
     """
-    if not folder.is_dir():
-        raise CheckpointError("no such folder", where=str(folder), fix="name a checkpoint's folder")
-    config = read_config(folder)
-    first = weight_files([path.name for path in folder.iterdir()], str(folder))
-    shards = [first]
-    if first == INDEX_NAME:
-        shards = list(dict.fromkeys(parse_index(_small_file(folder / INDEX_NAME), str(folder)).values()))
-    headers: list[TensorHeader] = []
-    sizes = {}
-    for shard in shards:
-        read = read_header(folder / shard)
-        headers += read.headers.values()
-        sizes[shard] = read.file_bytes
+    return inventory_of(open_folder(folder))
+
+
+def inventory_of(opened: Opened) -> Inventory:
+    """What an opened checkpoint holds.
+
+    Raises:
+        CheckpointError: its quantization is not laid out as one.
+    """
     return Inventory(
-        folder=str(folder),
-        architectures=tuple(str(name) for name in config.get("architectures") or ()),
-        files=sizes,
-        tensors=len(headers),
-        bytes=sum(header.nbytes for header in headers),
-        kinds=_kinds(headers),
-        quantization=_quantization(config, str(folder / "config.json")),
+        folder=opened.label,
+        architectures=tuple(str(name) for name in opened.config.get("architectures") or ()),
+        files=dict(opened.files),
+        tensors=len(opened.tensors),
+        bytes=sum(tensor.nbytes for tensor in opened.tensors),
+        kinds=_kinds(opened.tensors),
+        quantization=_quantization(opened.config, f"{opened.label}/config.json"),
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Contents of the folder's config.json.
-
-    Raises:
-        CheckpointError: missing, too large, or no JSON object.
-    """
-    return load_config(_small_file(folder / "config.json"), str(folder / "config.json"))
-
-
-def _small_file(path: Path) -> bytes:
-    if not path.is_file():
-        raise CheckpointError(f"{path.name} is missing", where=str(path.parent))
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"larger than {MAX_JSON_BYTES:,} bytes", where=str(path))
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
-
-
 def _quantization(config: dict[str, Any], where: str) -> dict[str, Any] | None:
-    found = config.get("quantization_config") or None
-    if found is not None and not _has_groups(found):
+    found = stated_quantization(config)
+    if found is None:
+        return None
+    if not isinstance(found, dict) or not _has_groups(found):
         raise CheckpointError("config.json: quantization_config is not laid out as one", where=where)
     return found
 
@@ -112,8 +90,8 @@ def _has_groups(quantization: object) -> bool:
     )
 
 
-def _kinds(headers: list[TensorHeader]) -> tuple[Kind, ...]:
-    grouped: dict[tuple[str, str], list[TensorHeader]] = defaultdict(list)
+def _kinds(headers: Sequence[StoredTensor]) -> tuple[Kind, ...]:
+    grouped: dict[tuple[str, str], list[StoredTensor]] = defaultdict(list)
     for header in headers:
         leaf = ".".join(part for part in header.name.split(".")[-2:] if not part.isdecimal())
         grouped[leaf, header.dtype].append(header)

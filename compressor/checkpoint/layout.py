@@ -95,7 +95,9 @@ def weight_files(names: Collection[str], where: str) -> str:
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
     if ggufs:
         raise CheckpointError("a folder of GGUF files", where=where, fix=f"name the file itself: {ggufs[0]}")
-    raise CheckpointError("no safetensors weights", where=where)
+    raise CheckpointError(
+        "no safetensors weights", where=where, fix="name the folder that holds the model's shards"
+    )
 
 
 def parse_config(raw: bytes, where: str, *, quantized: bool = False) -> dict[str, Any]:

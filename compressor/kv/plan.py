@@ -97,8 +97,12 @@ class KvPlan:
 
     @property
     def bits(self) -> float:
-        """Mean bits of an element over layers, keys and values, scales and norms included; sinks are not."""
-        return 16 * self.token_bytes / sum(layer.plain_bytes for layer in self.layers.values())
+        """Mean bits of an element over layers, keys and values, scales and norms included; sinks are not.
+
+        16 where no layer is listed: latent attention has none.
+        """
+        plain = sum(layer.plain_bytes for layer in self.layers.values())
+        return 16 * self.token_bytes / plain if plain else 16.0
 
     def bytes_at(self, tokens: int) -> int:
         """Bytes of one sequence of ``tokens`` tokens, sink and recent window included."""

@@ -83,6 +83,16 @@ class Reader:
         """How many tokens each row has read, on the CPU."""
         return self._lengths_B
 
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache's tensors hold: keys and values, or states."""
+        return sum(
+            value.nbytes
+            for layer in self._cache.layers
+            for value in vars(layer).values()
+            if isinstance(value, torch.Tensor)
+        )
+
     def read(self, ids_BT: torch.Tensor, *, last_only: bool = False) -> Reading:
         """Reads T more tokens of each row."""
         rows, tokens = ids_BT.shape

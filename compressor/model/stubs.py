@@ -164,14 +164,18 @@ class Recorder:
         """
         return self._run(ids_BT, others)
 
-    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits [B, T, vocabulary] that the model makes of its last block's output ``hidden``."""
+    def finish(self, hidden: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
+        """The logits [B, T, vocabulary] that the model makes of its last block's output ``hidden``.
+
+        ``gradients``: whether they lead back to ``hidden``.
+        """
         self._final = hidden
         width = self._model.get_input_embeddings().weight.shape[1]
         # Only their shape counts: the stubs pass them by.
         embeds = torch.zeros(*hidden.shape[:2], width, dtype=hidden.dtype, device=hidden.device)
         try:
-            with torch.no_grad(), quiet(), library_faults(self._where, "the head cannot be run alone"):
+            told = library_faults(self._where, "the head cannot be run alone")
+            with torch.set_grad_enabled(gradients), quiet(), told:
                 logits = self._model(inputs_embeds=embeds, use_cache=False).logits
         finally:
             self._final = None

@@ -229,6 +229,14 @@ class Tape:
             heard = _by_site(block, hear)
             return listen(block.module, call, hidden, block.layout, heard, until, block.rounding)
 
+    def back(self, block: Block, states: HiddenStates, batch: int, gradient: torch.Tensor) -> torch.Tensor:
+        """What a gradient [B, T, H] at the block's output becomes at its input, for a batch of ``states``."""
+        hidden = states.get(batch).detach().requires_grad_()
+        with torch.enable_grad():
+            output = self._calls[batch][block.index].replay(block.module, hidden)
+            (found,) = torch.autograd.grad(output, hidden, gradient)
+        return found
+
     @property
     def small_hidden(self) -> torch.Tensor:
         """[B, T, H]: the hidden states of the few tokens that were recorded for ``rehearse``."""
@@ -256,8 +264,10 @@ class Tape:
             lambda hear: _by_site(block, hear),
         )
 
-    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
+    def finish(self, hidden: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
         """The logits [B, T, vocabulary] of the last block's output; the head stays loaded until ``close``.
+
+        ``gradients``: whether they lead back to ``hidden``.
 
         Raises:
             CheckpointError: the model does not let its head run alone.
@@ -265,7 +275,7 @@ class Tape:
         if not self._head_open:
             self._outside.open(self._make, head=True)
             self._head_open = True
-        return self._decoder.recorder.finish(hidden.to(self._device))
+        return self._decoder.recorder.finish(hidden.to(self._device), gradients=gradients)
 
     def close(self) -> None:
         """Frees the head that ``finish`` loaded."""

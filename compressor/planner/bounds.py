@@ -9,6 +9,7 @@ from compressor.checkpoint.base import Source, fetched_files
 from compressor.errors import UserError
 from compressor.evals.base import EvalSpec
 from compressor.planner.adapted import AdaptPlan
+from compressor.planner.budgeted import BudgetPlan
 from compressor.planner.calibrated import WalkPlan
 from compressor.planner.context import ContextPlan
 from compressor.planner.context_search import SearchPlan
@@ -35,6 +36,7 @@ class Parts:
     kv: KvStage | None
     context: ContextPlan | None = None
     drafts: DraftPlan | None = None
+    budget: BudgetPlan | None = None
 
     @property
     def search(self) -> SearchPlan | None:
@@ -52,6 +54,7 @@ class Parts:
             "kv_cache": self.kv and self.kv.walk,
             "context.search": self.search,
             "drafts": self.drafts,
+            "weights.scheme auto": self.budget,
         }
         return ", ".join(name for name, part in parts.items() if part is not None)
 
@@ -82,6 +85,7 @@ def predict_bounded(
         parts.kv,
         parts.search,
         parts.drafts,
+        parts.budget,
     ):
         if part is not None:
             prediction = part.add_to(prediction)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.kept import KeptSource
@@ -16,6 +17,7 @@ from compressor.planner.kept import kept_faults
 from compressor.planner.learned import learned_twice
 from compressor.planner.oneshot import oneshot_faults
 from compressor.recipe.load import LoadedRecipe
+from compressor.schemes.base import Scheme
 from compressor.stages.base import Claim
 
 
@@ -26,6 +28,7 @@ def claimed(
     dialect: Dialect,
     faults: list[UserError],
     may_copy_all: bool = False,
+    chosen: Mapping[str, Scheme | None] = MappingProxyType({}),
 ) -> list[Claim]:
     """The claims on a source.
 
@@ -36,6 +39,7 @@ def claimed(
         dialect: how the result is spelled.
         faults: found so far.
         may_copy_all: whether rules may leave all weights in 16 bit, though nothing else changes them.
+        chosen: what ``weights.scheme: auto`` has become, by source tensor.
 
     Raises:
         PlanError: there are faults: nothing more can be planned.
@@ -51,6 +55,7 @@ def claimed(
             recipe.weights,
             dialect,
             kept,
+            chosen,
             may_copy_all=may_copy_all
             or any(section is not None for section in (recipe.context, recipe.adapters, recipe.drafts)),
         ),

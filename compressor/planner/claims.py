@@ -22,7 +22,7 @@ from compressor.recipe.patterns import compile_pattern
 from compressor.schemes.base import Scheme
 from compressor.solvers.base import Solver
 from compressor.spec import FLOAT_DTYPES, LinearPart, Role, TensorHeader
-from compressor.stages.base import Claim
+from compressor.stages.base import AUTO_RULE, Claim
 
 WIDE_DTYPES = frozenset({"F32", "F64"})
 EXPERTS = ".experts."
@@ -63,11 +63,13 @@ def claim_tensors(
     weights: WeightsSection,
     dialect: Dialect,
     kept: Mapping[str, Kept] = MappingProxyType({}),
+    chosen: Mapping[str, Scheme | None] = MappingProxyType({}),
     *,
     may_copy_all: bool = False,
 ) -> list[Claim]:
     """One claim for each tensor, in file order; ``kept`` are those that stay as the source stores them.
 
+    ``chosen``: under scheme ``auto``, tensor -> its scheme; others are copied, by the rule ``AUTO_RULE``.
     ``may_copy_all``: whether rules that quantize nothing are no fault: something else is changed.
 
     Raises:
@@ -77,7 +79,7 @@ def claim_tensors(
     is_tied = tied(config, headers)
     refused: dict[tuple[str, str], list[str]] = defaultdict(list)
     claims = [
-        _claim(header, family.role(header, config), rules, weights, dialect, is_tied, refused, kept)
+        _claim(header, family.role(header, config), rules, weights, dialect, is_tied, refused, kept, chosen)
         for header in headers.values()
     ]
     faults = [
@@ -132,13 +134,15 @@ def _claim(
     is_tied: bool,
     refused: dict[tuple[str, str], list[str]],
     kept: Mapping[str, Kept],
+    chosen: Mapping[str, Scheme | None],
 ) -> Claim:
     names = _names(header, role)
     # Every rule looks at every tensor, so that a shadowed pattern is not reported as matching nothing.
     matching = [rule for rule in rules if rule.matches(names)]
     rule = matching[0] if matching else None
     if rule is None and role.kind == "linear" and not role.reason:
-        rule = _Rule("weights.scheme", (), weights.scheme, weights.solver)
+        scheme = chosen.get(header.name) if isinstance(weights.scheme, str) else weights.scheme
+        rule = _Rule(AUTO_RULE, (), scheme, weights.solver)
     if header.name in kept:
         return _keep(header, role, rule, kept[header.name])
     if matching and _splits(header, role, matching, weights):
@@ -146,6 +150,8 @@ def _claim(
     if rule is None or rule.scheme is None:
         key = rule.key if rule else "default"
         reason = f"asked by {key}" if rule else role.reason
+        if key == AUTO_RULE:
+            reason = "chosen under weights.budget"
         return _copy(header, role, key, reason)
     problem = _not_quantizable(header, role, rule, is_tied)
     if problem is not None:
@@ -167,13 +173,15 @@ def _splits(header: TensorHeader, role: Role, rules: Sequence[_Rule], weights: W
         return False
     whole = [header.name, header.name.removesuffix(".weight")]
     default = None if role.reason else weights.scheme
-    first = None
+    first: tuple[object, object] | None = None
     for part in role.parts:
         names = [*whole, part.module]
         found = next(
             (rule for rule in rules if any(test(name) for test in rule.tests for name in names)), None
         )
-        stored = (default, weights.solver) if found is None else (found.scheme, found.solver)
+        stored: tuple[object, object] = (
+            (default, weights.solver) if found is None else (found.scheme, found.solver)
+        )
         stored = stored if stored[0] is not None else (None, None)
         if first is not None and stored != first:
             return True
@@ -292,6 +300,14 @@ def _dialect_faults(claims: Sequence[Claim], dialect: Dialect) -> list[UserError
     ]
 
 
+def fused_name(part: LinearPart) -> str:
+    """What the engine fuses a matrix into, which is stored in one way; else the matrix itself."""
+    if part.expert is not None or EXPERTS in part.module:
+        # Engines run all experts of a layer in one kernel, and look at the first one only.
+        return part.module.partition(EXPERTS)[0] + EXPERTS
+    return part.module if part.fuse_group is None else part.fuse_group
+
+
 def _split_fusions(claims: Sequence[Claim]) -> list[UserError]:
     """Parts that the engine fuses into one matrix must be stored alike."""
     groups: dict[str, dict[Scheme | KeptScheme | None, list[LinearPart]]] = defaultdict(
@@ -299,11 +315,8 @@ def _split_fusions(claims: Sequence[Claim]) -> list[UserError]:
     )
     for claim in claims:
         for part in claim.role.parts:
-            if part.expert is not None or EXPERTS in part.module:
-                # Engines run all experts of a layer in one kernel, and look at the first one only.
-                groups[part.module.partition(EXPERTS)[0] + EXPERTS][claim.stored].append(part)
-            elif part.fuse_group is not None:
-                groups[part.fuse_group][claim.stored].append(part)
+            if (name := fused_name(part)) != part.module:
+                groups[name][claim.stored].append(part)
     split = [by_scheme for by_scheme in groups.values() if len(by_scheme) > 1]
     if not split:
         return []

@@ -232,7 +232,7 @@ def _model_plan(
     """The plan with a draft model; its vocabulary must have the target's size."""
     assert section.model is not None
     recipe = loaded.recipe
-    weights = recipe.weights
+    weights = recipe.weights.without_budget()
     if not section.quantize:
         copied = WeightRule(match="*", scheme="copy")
         weights = WeightsSection(scheme=weights.scheme, rules=(copied,))

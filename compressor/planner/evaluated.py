@@ -9,12 +9,14 @@ from typing import Any
 from compressor import data
 from compressor.budget.gates import check_gate_metric
 from compressor.errors import PlanError, UserError
-from compressor.evals.base import SHIPPED_TASKS, EvalSpec
+from compressor.evals.base import EvalSpec, GenerationSpec, SpeedSpec
+from compressor.evals.run import check_tasks
 from compressor.planner.context import planned_reach
 from compressor.planner.evaluated_long import long_spec
 from compressor.planner.faults import collect
 from compressor.planner.places import check_text
 from compressor.recipe.load import LoadedRecipe
+from compressor.recipe.model import Recipe
 from compressor.workspace import file_sha256
 
 UNMEASURED = "evaluate is switched off: nothing will be measured, and the report will say so"
@@ -37,17 +39,11 @@ def evaluation_spec(loaded: LoadedRecipe, config: dict[str, Any], given: dict[st
     if longest is not None and section.context > longest:
         what = f"windows of {section.context} tokens are longer than the model's context of {longest}"
         faults.append(UserError(what, where="evaluate.context", fix=f"set it to {longest} at most"))
-    for index, task in enumerate(section.tasks):
-        if task.name not in SHIPPED_TASKS:
-            faults.append(
-                UserError(
-                    f"unknown task {task.name!r}; shipped: {', '.join(SHIPPED_TASKS)}",
-                    where=f"evaluate.tasks.{index}",
-                )
-            )
+    collect(faults, lambda: check_tasks([task.name for task in section.tasks], where="evaluate.tasks"))
     tasks = {task.name: task.limit for task in section.tasks}
     for index, gate in enumerate(section.gates):
-        check = partial(check_gate_metric, gate.metric, tuple(tasks), where=f"evaluate.gates.{index}")
+        place = f"evaluate.gates.{index}"
+        check = partial(check_gate_metric, gate.metric, tuple(tasks), _others(loaded.recipe), where=place)
         collect(faults, check)
     if text is not None and section.tokens > 2 * (size := data.text_bytes(text)):
         # Not even half a byte for each token; the tokenizer counts exactly, when the run starts.
@@ -71,6 +67,7 @@ def evaluation_spec(loaded: LoadedRecipe, config: dict[str, Any], given: dict[st
         )
     if text is None or faults:
         raise PlanError(faults)
+    generation, speed = section.generation, section.speed
     return EvalSpec(
         text=text,
         text_label=section.text,
@@ -80,7 +77,19 @@ def evaluation_spec(loaded: LoadedRecipe, config: dict[str, Any], given: dict[st
         seed=loaded.recipe.seed,
         text_is_shipped=text.is_relative_to(data.shipped_root() / "calibration"),
         long=long,
+        seeds=section.seeds or (loaded.recipe.seed,),
+        generation=None if generation is None else GenerationSpec(**generation.model_dump()),
+        speed=None if speed is None else SpeedSpec(**speed.model_dump()),
     )
+
+
+def _others(recipe: Recipe) -> list[str]:
+    """What can be gated besides text and tasks."""
+    long, drafts = recipe.evaluate and recipe.evaluate.long, recipe.drafts
+    return [
+        *(["needle"] if long and long.needles else []),
+        *(["acceptance"] if drafts and drafts.measure else []),
+    ]
 
 
 def measured_content(spec: EvalSpec | None) -> dict[str, Any]:

@@ -20,6 +20,8 @@ def own_stages(plan: Plan) -> set[str]:
     """Folders of the workspace that the plan's large artefacts are in, finished or not."""
     walk, source = plan.walk, plan.weights_source
     walked = set() if walk is None else {f"walk-{walk_key(walk, plan.claims, source)}"}
+    if plan.budget is not None:
+        walked.add(f"sensitivity-{plan.budget.sensitivity_key(plan.base_source)}")
     return walked | {f"stream-{stream_key(plan)}"}
 
 

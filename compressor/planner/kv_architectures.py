@@ -152,7 +152,7 @@ _DELTA = {
     "full_attention_interval": 4,
 }
 _NEXT = _full_every("full_attention_interval", "delta")
-_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 # Only Gemma 3 has this key in its config; for the others it stands for what their code fixes.
 _EVERY = "sliding_window_pattern"
 

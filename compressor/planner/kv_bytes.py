@@ -107,7 +107,7 @@ def kv_bytes(config: dict[str, Any], tokens: int, *, bits: int = 16) -> tuple[Kv
     assert tokens >= 0
     assert bits > 0
     try:
-        parts = _parts(*_known(config), bits)
+        parts = _parts(*known_config(config), bits)
     except CannotTell as cannot:
         return None, str(cannot)
     known = KvBytes(
@@ -123,7 +123,7 @@ def kv_bytes(config: dict[str, Any], tokens: int, *, bits: int = 16) -> tuple[Kv
 def kv_layers(config: dict[str, Any]) -> tuple[tuple[KvLayer, ...], str]:
     """The layers that have a cache of their own, in order; none and a reason where the config hides them."""
     try:
-        text, architecture = _known(config)
+        text, architecture = known_config(config)
         kinds = _cached_kinds(text, architecture)
         parts = {kind: _PART[kind](text, 1, 16) for kind in set(kinds)}
         sides = {kind: _sides(text, kind) for kind in set(kinds)}
@@ -137,10 +137,10 @@ def kv_layers(config: dict[str, Any]) -> tuple[tuple[KvLayer, ...], str]:
 
 def layer_count(config: dict[str, Any]) -> int:
     """Layers of a model whose cache is known, those without a cache too."""
-    return config_int(_known(config)[0], "num_hidden_layers")
+    return config_int(known_config(config)[0], "num_hidden_layers")
 
 
-def _known(config: dict[str, Any]) -> tuple[Config, Architecture]:
+def known_config(config: dict[str, Any]) -> tuple[Config, Architecture]:
     """The language model's config with missing keys filled in, and how its cache is laid out."""
     text = text_config(config)
     model_type = str(text.get("model_type") or f"{config.get('model_type')}_text")
@@ -178,10 +178,10 @@ def _sides(config: Config, kind: str) -> tuple[int, int]:
     """KV heads, and elements of each, as ``KvLayer`` counts them."""
     if kind == "latent":
         return 1, config_int(config, "kv_lora_rank") + config_int(config, "qk_rope_head_dim")
-    return (0, 0) if kind in ("delta", "mamba") else _heads(config)
+    return (0, 0) if kind in ("delta", "mamba") else kv_heads(config)
 
 
-def _heads(config: Config) -> tuple[int, int]:
+def kv_heads(config: Config) -> tuple[int, int]:
     """KV heads, and elements of a key or value."""
     attention_heads = config_int(config, "num_attention_heads")
     heads = (
@@ -199,7 +199,7 @@ def _heads(config: Config) -> tuple[int, int]:
 
 
 def _attention(config: Config, layers: int, bits: int, kind: str, window_key: str | None) -> KvPart:
-    heads, head_dim = _heads(config)
+    heads, head_dim = kv_heads(config)
     window = None if window_key is None else config_int(config, window_key)
     kept = "" if window is None else f", the last {window:,} tokens at most"
     return KvPart(

@@ -83,6 +83,18 @@ def kv_options(
     return tuple(_option(layers, config, form, points, form.name == chosen) for form in FORMATS.values()), ""
 
 
+def no_smaller(options: Sequence[KvOption]) -> list[str]:
+    """Formats whose bytes in vLLM are no fewer than those of 16 bit, though a token's are."""
+    plain = next((option for option in options if option.format == BF16 and not option.problem), None)
+    if plain is None:
+        return []
+    return [
+        option.format
+        for option in options
+        if option.sizes and option.layers and option.sizes[-1].bytes >= plain.sizes[-1].bytes
+    ]
+
+
 def kv_points(config: dict[str, Any], contexts: Sequence[int], users: Sequence[int]) -> list[tuple[int, int]]:
     """(tokens, sequences) that the cache is counted for: one of each length, several of the longest."""
     contexts = contexts or _contexts(full_context(config))
@@ -119,7 +131,7 @@ def _option(
     return KvOption(
         form.name,
         form.tier,
-        sum(_token_bytes(layer, formats) for layer in growing),
+        sum(token_bytes(layer, formats) for layer in growing),
         len(formats),
         kept if form.name != BF16 else (),
         tuple(sizes),
@@ -172,7 +184,7 @@ def cache_bytes(
         paged = [
             PagedLayer(
                 layer.kind,
-                _token_bytes(layer, formats),
+                token_bytes(layer, formats),
                 0 if layer.kind == "state" else layer.bytes_16bit // 2,
                 layer.index in formats,
                 layer.window,
@@ -183,11 +195,11 @@ def cache_bytes(
     total = 0
     for layer in layers:
         held = tokens if layer.window is None else min(tokens, layer.window)
-        total += _token_bytes(layer, formats) * (1 if layer.kind == "state" else held)
+        total += token_bytes(layer, formats) * (1 if layer.kind == "state" else held)
     return total
 
 
-def _token_bytes(layer: KvLayer, formats: Mapping[int, KvFormat]) -> int:
+def token_bytes(layer: KvLayer, formats: Mapping[int, KvFormat]) -> int:
     """Bytes of one token in one layer; of a state, of one sequence."""
     form = formats.get(layer.index)
     if form is None:

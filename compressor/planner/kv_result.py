@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from compressor.checkpoint.folded import FoldedSource
 from compressor.kv.formats import FORMATS
 from compressor.planner.kv_bytes import KvLayer, kv_layers
-from compressor.planner.kv_choice import BF16, cache_bytes, kv_points, launch_flags
+from compressor.planner.kv_choice import BF16, cache_bytes, format_map, kv_points, launch_flags, token_bytes
 from compressor.planner.staged import weights_source
-from compressor.report.kv import KvFacts, KvQuality, KvSizes
+from compressor.report.kv import KvFacts, KvQuality, KvSizes, StoredKvLayer
 
 if TYPE_CHECKING:
+    from compressor.kv.base import KvFormat
     from compressor.kv.plan import KvPlan
     from compressor.planner.plan import Plan
 
@@ -54,13 +55,10 @@ def kv_facts(
     assert plan.kv_stage is not None
     chosen = KvPlan.read(folder)
     layers, _ = kv_layers(plan.configured.config)
-    section = plan.loaded.recipe.kv_cache
-    points = kv_points(plan.configured.config, section.contexts, section.users) if section else []
+    points = _points(plan)
     servable = plan.kv.servable
-    formats = {
-        index: FORMATS[layer.format] for index, layer in chosen.layers.items() if layer.format in FORMATS
-    }
-    formats = {index: form for index, form in formats.items() if form.name != BF16}
+    formats = stored_formats(plan, chosen, layers)
+    stored, before_bytes, after_bytes = _stored_layers(chosen, layers, formats)
     sizes = []
     for context, users in points:
         before = cache_bytes(layers, {}, context, engine=servable)
@@ -72,18 +70,65 @@ def kv_facts(
     copied = {claim.tensor.name for claim in plan.claims if claim.action == "copy"}
     return KvFacts(
         format=plan.kv.spec.format,
-        formats=dict(Counter(layer.format for layer in chosen.layers.values())),
+        formats=dict(Counter(layer.format for layer in stored)),
         tier=plan.kv.spec.tier,
         servable=servable,
         flags=launch_flags(layers, plan.configured.config, formats) if servable else "",
-        bytes_per_token_before=sum(layer.plain_bytes for layer in chosen.layers.values()),
-        bytes_per_token=chosen.token_bytes,
-        bits=chosen.bits if chosen.layers else 16.0,
+        bytes_per_token_before=before_bytes,
+        bytes_per_token=after_bytes,
+        bits=16 * after_bytes / before_bytes if before_bytes else 16.0,
         sizes=tuple(sizes),
         notes=_notes(plan, facts),
         changed_16bit=tuple(sorted(copied.intersection(changed))),
         quality=tuple(_quality(found) for found in quality),
+        layers=stored,
     )
+
+
+def stored_formats(plan: Plan, chosen: KvPlan, layers: Sequence[KvLayer]) -> dict[int, KvFormat]:
+    """Layer -> format of those that are not in 16 bit.
+
+    Latent attention is in no stage's plan, since nothing of it is fitted: it is stored as the recipe says.
+    """
+    assert plan.kv is not None
+    asked = plan.kv.spec.format
+    if not chosen.layers and asked in FORMATS and any(layer.kind == "latent" for layer in layers):
+        return dict(format_map(layers, plan.configured.config, FORMATS[asked]))
+    named = {index: layer.format for index, layer in chosen.layers.items()}
+    return {index: FORMATS[name] for index, name in named.items() if name in FORMATS and name != BF16}
+
+
+def _stored_layers(
+    chosen: KvPlan, layers: Sequence[KvLayer], formats: Mapping[int, KvFormat]
+) -> tuple[tuple[StoredKvLayer, ...], int, int]:
+    """Every layer of the stage's plan, or of latent attention; bytes of a token before and after."""
+    if chosen.layers:
+        told = tuple(
+            StoredKvLayer(layer=index, format=layer.format, bits=16 * layer.token_bytes / layer.plain_bytes)
+            for index, layer in sorted(chosen.layers.items())
+        )
+        return told, sum(layer.plain_bytes for layer in chosen.layers.values()), chosen.token_bytes
+    latent = [layer for layer in layers if layer.kind == "latent"]
+    sizes = {layer.index: token_bytes(layer, formats) for layer in latent}
+    told = tuple(
+        StoredKvLayer(
+            layer=layer.index,
+            format=formats[layer.index].name if layer.index in formats else BF16,
+            bits=16 * sizes[layer.index] / layer.bytes_16bit,
+        )
+        for layer in latent
+    )
+    return told, sum(layer.bytes_16bit for layer in latent), sum(sizes.values())
+
+
+def _points(plan: Plan) -> list[tuple[int, int]]:
+    """(tokens, sequences) that the recipe counts the cache for, or that it was chosen for."""
+    section, budget = plan.loaded.recipe.kv_cache, plan.loaded.recipe.weights.budget
+    if section is not None:
+        return kv_points(plan.configured.config, section.contexts, section.users)
+    if budget is None or budget.context is None:
+        return []
+    return kv_points(plan.configured.config, (budget.context,), (budget.users or 1,))
 
 
 def _own(chosen: KvPlan, layers: Sequence[KvLayer], tokens: int) -> int:

@@ -12,7 +12,6 @@ from compressor.calibration.check import check_calibration
 from compressor.calibration.pinned import pinned
 from compressor.calibration.spec import CalibrationSpec
 from compressor.checkpoint.base import Source
-from compressor.checkpoint.dequantized import DequantizedSource
 from compressor.checkpoint.sources import open_source
 from compressor.dialects import DIALECTS
 from compressor.dialects.base import Dialect
@@ -21,8 +20,9 @@ from compressor.evals.base import EvalSpec
 from compressor.model.families import family_for
 from compressor.planner.adapted import AdaptPlan, adapted_key, settled_adapters
 from compressor.planner.bounds import Parts, predict_bounded
-from compressor.planner.calibrated import WalkPlan, plan_walk, settle_solvers
-from compressor.planner.claimed import claimed, placed, solving_faults
+from compressor.planner.budgeted import BudgetPlan, auto_claims, plan_budget, plan_cache
+from compressor.planner.calibrated import WalkPlan
+from compressor.planner.claimed import placed, solving_faults
 from compressor.planner.context import (
     ContextPlan,
     configured_source,
@@ -32,26 +32,27 @@ from compressor.planner.context import (
     settled_context,
 )
 from compressor.planner.drafted import DraftPlan, settled_drafts
-from compressor.planner.evaluated import UNMEASURED, evaluation_spec
+from compressor.planner.evaluated import evaluation_spec
 from compressor.planner.evaluated_long import LongCost, long_cost, long_warnings
 from compressor.planner.faults import collect
 from compressor.planner.keys import own_stages
 from compressor.planner.kv_choice import KvOption
 from compressor.planner.kv_job import KvStage, kv_weights_source, plan_kv_stage
-from compressor.planner.kv_planned import KvPlanned, plan_kv, section_options
+from compressor.planner.kv_planned import KvPlanned, section_options
 from compressor.planner.layout import group_units, pack_shards
-from compressor.planner.learned import learned_on_one_row
 from compressor.planner.made import as_made
-from compressor.planner.oneshot import OneshotPlan, plan_oneshot
+from compressor.planner.oneshot import OneshotPlan
 from compressor.planner.pictured import image_faults
 from compressor.planner.places import check_disk, check_places
-from compressor.planner.polished import PolishPlan, check_polish, plan_polish
+from compressor.planner.polished import PolishPlan
 from compressor.planner.predict import Prediction, RuleRow, rule_rows
+from compressor.planner.solving import plan_solving, walks
 from compressor.planner.walkable import walk_faults
+from compressor.planner.warned import source_warnings
 from compressor.recipe.load import LoadedRecipe
 from compressor.recipe.mixtures import calibration_spec
-from compressor.rope.checked import check_positions
 from compressor.stages.base import Claim, Shard, needs_data
+from compressor.stages.budget import Choice
 from compressor.stages.evaluate import memory_needed
 from compressor.stages.modules import modules_of
 from compressor.workspace import DRAFT_RESULT, Workspace, stage_key
@@ -70,7 +71,6 @@ class Plan:
         claims: one for each source tensor.
         dialect: how the result is spelled.
         shards: the output files' contents.
-        rows: the claims summed by rule.
         calibration: what the recipe calibrates on, or None where it neither says so nor needs it.
         walk: the calibrated part, or None where nothing needs data.
         oneshot: what takes the walk's place where llm-compressor chooses the values, or None.
@@ -79,13 +79,13 @@ class Plan:
         prediction: bytes, memory, disk, time, GPUs.
         kv: how the KV cache is to be stored, or None where the recipe does not say.
         kv_stage: what is done for it before the weights.
-        kv_options: what each format of the KV cache would take; none where the cache is not known.
         evaluation: what to measure, or None where the recipe switches it off.
         gates: what the measured losses must not exceed.
         output: the output folder.
         workspace: where stages are kept.
         warnings: things the user should know before starting.
         evicts: whether what was fetched of the source is removed when it is read no more.
+        budget: how schemes are chosen, or None where rules say them.
     """
 
     loaded: LoadedRecipe
@@ -97,7 +97,6 @@ class Plan:
     claims: tuple[Claim, ...]
     dialect: Dialect
     shards: tuple[Shard, ...]
-    rows: tuple[RuleRow, ...]
     calibration: CalibrationSpec | None
     walk: WalkPlan | None
     oneshot: OneshotPlan | None
@@ -106,13 +105,23 @@ class Plan:
     prediction: Prediction
     kv: KvPlanned | None
     kv_stage: KvStage | None
-    kv_options: tuple[KvOption, ...]
     evaluation: EvalSpec | None
     gates: tuple[Gate, ...]
     output: Path
     workspace: Workspace
     warnings: tuple[str, ...]
     evicts: bool = False
+    budget: BudgetPlan | None = None
+
+    @property
+    def rows(self) -> tuple[RuleRow, ...]:
+        """The claims summed by rule."""
+        return tuple(rule_rows(self.claims))
+
+    @property
+    def kv_options(self) -> tuple[KvOption, ...]:
+        """What each format of the KV cache would take; none where the cache is not known."""
+        return section_options(self.loaded.recipe.kv_cache, self.configured.config)[0]
 
     @property
     def configured(self) -> Source:
@@ -153,6 +162,7 @@ def make_plan(
     planning: bool = True,
     allow_code: bool = False,
     may_copy_all: bool = False,
+    choice: Choice | None = None,
 ) -> Plan:
     """Plans a recipe.
 
@@ -165,6 +175,7 @@ def make_plan(
             machine's disk.
         allow_code: whether a run may import and call ``model.factory``; planning never does.
         may_copy_all: whether rules may leave all weights in 16 bit, though nothing else changes them.
+        choice: what ``weights.scheme: auto`` has become; None while it is not known.
 
     Raises:
         PlanError: every fault found.
@@ -179,22 +190,21 @@ def make_plan(
     source = configured_source(context, given)
     evaluation = collect(faults, lambda: evaluation_spec(loaded, source.config, given.config))
     family, dialect = family_for(source.config), DIALECTS[recipe.export.format]
-    claims, warnings = settle_solvers(claimed(loaded, given, source, dialect, faults, may_copy_all))
+    claims, warnings, groups = auto_claims(loaded, given, source, dialect, faults, choice, may_copy_all)
     faults += solving_faults(claims, source, dialect, polished=recipe.weights.polish is not None)
-    kv = None if recipe.kv_cache is None else plan_kv(recipe.kv_cache, source.config, faults, warnings)
+    kv = plan_cache(recipe, choice, source.config, faults, warnings)
     calibration = _calibration(loaded, source, claims, evaluation, kv, faults, warnings, planning)
-    oneshot = None if calibration is None else plan_oneshot(claims, calibration, source.config)
-    walk = None if oneshot is not None else _walk(loaded, source, calibration, claims, faults, warnings)
-    polish = None if walk is None else _polish(loaded, source, walk, claims, faults, warnings)
+    budget = plan_budget(loaded, source, groups, claims, calibration, choice, faults)
+    oneshot, walk, polish = plan_solving(loaded, source, calibration, claims, faults, warnings)
     kv_stage = _kv_stage(loaded, source, claims, kv, calibration, dialect, oneshot is not None, faults)
     adapters = settled_adapters(loaded, source, claims, evaluation, kv_stage, faults, warnings)
     changed = (adapters is not None and adapters.spec.merge) or (kv_stage is not None and kv_stage.job.folds)
     context = settled_context(context, claims, source.config, evaluation, warnings, changed=changed)
     shards = tuple(pack_shards(group_units(claims), recipe.export.max_shard_bytes))
     drafts = _drafts(loaded, source, claims, evaluation, space, faults, warnings, planning)
-    parts = Parts(evaluation, adapters, walk, oneshot, polish, kv_stage, context, drafts)
+    parts = Parts(evaluation, adapters, walk, oneshot, polish, kv_stage, context, drafts, budget)
     prediction, evicts = predict_bounded(recipe.workspace, source, claims, shards, parts, faults, warnings)
-    warnings[:0] = _warnings(loaded, given, prediction.result_bytes)
+    warnings[:0] = source_warnings(loaded, given, prediction.result_bytes)
     warnings += [*dialect.warnings(modules_of(source, claims)), *long_warnings(evaluation, claims, source)]
     check_places(output, space.root, source.model_dir() if source.revision is None else None, faults)
     plan = Plan(
@@ -207,7 +217,6 @@ def make_plan(
         claims=tuple(claims),
         dialect=dialect,
         shards=shards,
-        rows=tuple(rule_rows(claims)),
         calibration=calibration,
         walk=walk,
         oneshot=oneshot,
@@ -216,13 +225,13 @@ def make_plan(
         prediction=prediction,
         kv=kv,
         kv_stage=kv_stage,
-        kv_options=section_options(recipe.kv_cache, source.config)[0],
         evaluation=evaluation,
         gates=tuple(recipe.evaluate.gates) if recipe.evaluate else (),
         output=output,
         workspace=space,
         warnings=tuple(warnings),
         evicts=evicts,
+        budget=budget,
     )
     return _checked(plan, source, faults, planning=planning)
 
@@ -271,7 +280,8 @@ def _calibration(
     planning: bool,
 ) -> CalibrationSpec | None:
     """What is calibrated on; adds to ``faults`` and ``warnings`` what it finds."""
-    needed = _walks(loaded, claims) or (kv is not None and kv.needs_data)
+    needed = walks(loaded, claims) or (kv is not None and kv.needs_data)
+    needed = needed or loaded.recipe.weights.budget is not None
     if not needed and loaded.recipe.calibration is None:
         return None
     longest = planned_reach(loaded.recipe, source.config)
@@ -289,49 +299,6 @@ def _calibration(
         return None
     warnings += found[1]
     return found[0]
-
-
-def _walks(loaded: LoadedRecipe, claims: list[Claim]) -> bool:
-    """Whether any matrix is walked, were it only to be polished."""
-    return loaded.recipe.weights.polish is not None or any(needs_data(claim) for claim in claims)
-
-
-def _walk(
-    loaded: LoadedRecipe,
-    source: Source,
-    calibration: CalibrationSpec | None,
-    claims: list[Claim],
-    faults: list[UserError],
-    warnings: list[str],
-) -> WalkPlan | None:
-    """How the blocks are walked, if so; adds to ``faults`` and ``warnings`` what it finds."""
-    if calibration is None or not _walks(loaded, claims):
-        return None
-    faults += walk_faults(claims, source.config, source.label)
-    faults += learned_on_one_row(claims, calibration)
-    section = loaded.recipe.workspace
-    most_memory = section.max_memory_bytes if section is not None else None
-    walk = plan_walk(claims, calibration, source.config, most_memory)
-    warnings += walk.warnings()
-    return walk
-
-
-def _polish(
-    loaded: LoadedRecipe,
-    source: Source,
-    walk: WalkPlan,
-    claims: list[Claim],
-    faults: list[UserError],
-    warnings: list[str],
-) -> PolishPlan | None:
-    """How the result is polished, if so; adds to ``faults`` and ``warnings`` what it finds."""
-    section = loaded.recipe.weights.polish
-    if section is None:
-        return None
-    faults += check_polish(section, walk.calibration, claims)
-    polish = plan_polish(section, walk, claims, source.config, loaded.recipe.seed)
-    warnings += polish.warnings()
-    return polish
 
 
 def _kv_stage(
@@ -382,18 +349,3 @@ def _drafts(
         return make_plan(draft, output=output, workspace=workspace, planning=planning, may_copy_all=True)
 
     return settled_drafts(loaded, source, claims, evaluation, plan_model, faults, warnings, planning=planning)
-
-
-def _warnings(loaded: LoadedRecipe, source: Source, result_bytes: int) -> list[str]:
-    found = []
-    if isinstance(source, DequantizedSource) and result_bytes > source.stored_bytes:
-        found.append(
-            f"the result would be larger than what the source stores: {result_bytes / 1e9:,.1f} GB of "
-            f"tensors against {source.stored_bytes / 1e9:,.1f} GB"
-        )
-    found += [f"config.json of the source: {finding.what}" for finding in check_positions(source.config)]
-    if loaded.recipe.evaluate is None:
-        found.append(UNMEASURED)
-    if source.revision and loaded.recipe.model.revision != source.revision:
-        found.append(f"model.revision is not pinned; this run uses {source.revision}")
-    return found

@@ -46,7 +46,8 @@ class Prediction:
 
     ``source_bytes`` counts the source in 16 bit, and like ``parameters`` a tied pair of embedding and head
     once, though both be stored; both bits-per-weight figures count scales
-    (``bits_per_weight`` over all parameters, ``bits_per_target_weight`` over those that rules quantize). GPU
+    (``bits_per_weight`` over all parameters, ``bits_per_target_weight`` over those that rules quantize, or
+    leave in 16 bit by choice). GPU
     counts are by memory size in GB: with one request at full context, and for the weights alone.
     """
 
@@ -98,9 +99,9 @@ def predict(
     claims: Sequence[Claim], units: Sequence[Unit], config: dict[str, Any], source_download_bytes: int
 ) -> Prediction:
     """The plan's numbers; ``source_download_bytes`` is what a Hub source will put on disk."""
-    counted = _tied_once(claims, config)
+    counted = tied_once(claims, config)
     parameters = sum(claim.tensor.numel for claim in counted)
-    targets = [claim for claim in claims if claim.scheme is not None]
+    targets = [claim for claim in claims if claim.is_target]
     target_parameters = sum(claim.tensor.numel for claim in targets)
     result_bytes = sum(claim.result_bytes for claim in claims)
     source_bytes = sum(claim.bytes_16bit for claim in counted)
@@ -128,7 +129,7 @@ def predict(
     )
 
 
-def _tied_once(claims: Sequence[Claim], config: dict[str, Any]) -> list[Claim]:
+def tied_once(claims: Sequence[Claim], config: dict[str, Any]) -> list[Claim]:
     """The claims without a stored head that is the stored embedding once more."""
     kinds = {claim.role.kind for claim in claims}
     if "embedding" not in kinds or not tied(config, [claim.tensor.name for claim in claims]):

@@ -57,8 +57,13 @@ def is_routed(name: str) -> bool:
 
 def routed_share(config: dict[str, Any]) -> float:
     """The share of the routed experts that one token passes; 1 where the config does not say."""
-    experts, chosen = _number(config, _EXPERTS), _number(config, _EXPERTS_PER_TOKEN)
+    experts, chosen = expert_counts(config)
     return min(1.0, chosen / experts) if experts and chosen else 1.0
+
+
+def expert_counts(config: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Routed experts of a layer, and how many a token passes; None where the config does not say."""
+    return _number(config, _EXPERTS), _number(config, _EXPERTS_PER_TOKEN)
 
 
 def computed_share(config: dict[str, Any]) -> float:

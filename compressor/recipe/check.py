@@ -44,7 +44,9 @@ def build(root: Fields, faults: list[RecipeError], model: type[S]) -> S | None:
     except ValidationError as error:
         known = {fault.where for fault in faults}
         found = [_translated(root, model, path, detail) for path, detail in _details(error, ())]
-        faults.extend(fault for fault in found if fault.where not in known)
+        # Both ends of a range that is one number have the same fault.
+        once = {(fault.where, fault.what): fault for fault in found}
+        faults.extend(fault for fault in once.values() if fault.where not in known)
         return None
 
 
@@ -63,6 +65,9 @@ def _details(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mappin
 
 def _translated(root: Fields, model: type[Section], path: Path, detail: Mapping[str, Any]) -> RecipeError:
     entry, rest = _follow(root, path)
+    if isinstance(entry.node, Leaf) and rest:
+        # What it was read as, such as a range, has parts; in the file it has none.
+        path = path[: -len(rest)]
     dotted = ".".join(map(str, path))
     sort = detail["type"]
     if sort == "extra_forbidden":
@@ -124,12 +129,13 @@ def _shown(value: object) -> str:
 def _known_keys(root: Fields, section: type[Section], above: Path) -> Iterable[str]:
     """The keys that the map at ``above`` may have."""
     for depth, step in enumerate(above, start=1):
-        if step in ("scheme", "solver"):
-            kinds: Mapping[str, type[BaseModel]] = known_schemes() if step == "scheme" else known_solvers()
+        if step in ("scheme", "solver") or (depth > 1 and above[depth - 2] == "candidates"):
+            kinds: Mapping[str, type[BaseModel]] = known_solvers() if step == "solver" else known_schemes()
             options = plain(_follow(root, above[:depth])[0].node)
             return kinds[options["kind"]].model_fields if depth == len(above) else ()
-        if isinstance(step, str):
-            section = next(_sections(section.model_fields[step].annotation))
+        # Other steps are places in a list, or keys that a map's user chose.
+        if isinstance(step, str) and step in section.model_fields:
+            section = next(_sections(section.model_fields[step].annotation), section)
     return [field.alias or name for name, field in section.model_fields.items()]
 
 

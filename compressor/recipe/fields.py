@@ -28,7 +28,7 @@ _BYTE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB"
 _MAX_BYTES = 2**63 - 1
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _FACTORY = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
-_METRIC = f"(perplexity|kl|task:{_NAME})"
+_METRIC = f"(perplexity|kl|needle|acceptance|task(:{_NAME})?)"
 
 
 def no_bool(value: object) -> object:
@@ -54,7 +54,9 @@ def _one_or_many(value: object) -> object:
 
 def _metric(value: str) -> str:
     if re.fullmatch(_METRIC, value) is None:
-        raise ValueError(f"unknown metric {value!r} (known: perplexity, kl, task:NAME)")
+        raise ValueError(
+            f"unknown metric {value!r} (known: perplexity, kl, task, task:NAME, needle, acceptance)"
+        )
     return value
 
 
@@ -65,6 +67,10 @@ def _pattern(value: str) -> str:
 
 def _scheme_or_copy(value: Any) -> Scheme | Literal["copy"]:
     return "copy" if value == "copy" else parse_scheme(value)
+
+
+def _scheme_or_auto(value: Any) -> Scheme | Literal["auto"]:
+    return "auto" if value == "auto" else parse_scheme(value)
 
 
 def _solver_or_none(value: Any) -> Solver | None:
@@ -118,6 +124,9 @@ Patterns = Annotated[
 ]
 SchemeOrCopy = Annotated[
     SerializeAsAny[Scheme] | Literal["copy"], BeforeValidator(_scheme_or_copy), _Or("copy", SchemeField)
+]
+SchemeOrAuto = Annotated[
+    SerializeAsAny[Scheme] | Literal["auto"], BeforeValidator(_scheme_or_auto), _Or("auto", SchemeField)
 ]
 SolverOrNone = Annotated[
     SerializeAsAny[Solver] | None, BeforeValidator(_solver_or_none), _Or(None, SolverField)

@@ -5,49 +5,43 @@
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from compressor.dialects.base import DialectName
 from compressor.recipe.adapters import AdaptersSection
+from compressor.recipe.budget import AUTO, DEFAULT_CANDIDATES, WeightBudgetSection
 from compressor.recipe.calibration import CalibrationSection
 from compressor.recipe.context import ContextSection
 from compressor.recipe.drafts import DraftsSection
-from compressor.recipe.evaluate_long import LongSection
+from compressor.recipe.evaluate import EvaluateSection
 from compressor.recipe.fields import (
     Bytes,
-    Count,
     Factory,
-    Metric,
     Pattern,
     Patterns,
     Revision,
+    SchemeOrAuto,
     SchemeOrCopy,
     Seed,
     Sha256,
     Slug,
     SolverOrNone,
     Text,
-    Window,
-    no_bool,
 )
 from compressor.recipe.kv_cache import KvCacheSection
 from compressor.recipe.polish import PolishSection
 from compressor.recipe.section import Section, blamed, is_none
-from compressor.schemes import SchemeField
+from compressor.recipe.serve import ServeSection
+from compressor.schemes import parse_scheme
+from compressor.schemes.base import Scheme
 from compressor.solvers import SolverField, parse_solver
 
 # Keys that the language reserves and that no stage serves yet: path in the recipe -> how faults name it.
 RESERVED: dict[tuple[str, ...], str] = {
     ("publish",): "section 'publish'",
 }
-
-
-def _named(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
 
 
 def _false_is_none(value: object) -> object:
@@ -125,8 +119,18 @@ class WeightRule(Section):
 class WeightsSection(Section):
     """How the weights are stored and how the stored values are chosen."""
 
-    scheme: SchemeField = Field(
-        description="The scheme of every linear weight that no rule or ignore claims."
+    scheme: SchemeOrAuto = Field(
+        description="The scheme of every linear weight that no rule or ignore claims, or `auto`: chosen "
+        "among `candidates` under `budget`, one for all matrices that the engine fuses."
+    )
+    budget: WeightBudgetSection | None = Field(
+        default=None, exclude_if=is_none, description="For auto: what the weights may take, or may lose."
+    )
+    candidates: tuple[SchemeOrCopy, ...] = Field(
+        default=(),
+        exclude_if=lambda candidates: not candidates,
+        description="For auto: schemes to choose among, and `copy` for 16 bit; by default nvfp4a16, "
+        "fp8_dynamic, int8 and copy.",
     )
     solver: SolverField = Field(
         default_factory=lambda: parse_solver("rtn"), description="How the stored values are chosen."
@@ -141,79 +145,35 @@ class WeightsSection(Section):
         description="A short distillation of scales, norms and biases after all layers; by default none.",
     )
 
-
-class EvalTask(Section):
-    """An lm-eval task to run on source and result."""
-
-    name: Slug = Field(description="The task's name; `piqa` runs offline from shipped items.")
-    limit: Count | None = Field(default=None, description="Use only the first N items; all by default.")
-
-
-class Gate(Section):
-    """A bound on the loss of quality; beyond it the run ends with exit code 1 and the result kept aside."""
-
-    metric: Metric = Field(
-        description="`perplexity`: relative increase of the result's perplexity over the source's. `kl`: "
-        "mean Kullback-Leibler divergence from source to result, in nats per token. `task:NAME`: how far the "
-        "accuracy on that task of evaluate.tasks may fall."
-    )
-    max_increase: Annotated[float, Field(ge=0)] = Field(
-        description="The largest loss that passes: 0.3 or '30%' for perplexity (result at most 1.3 times the "
-        "source), nats for kl, 0.02 or '2%' (two points of accuracy) for a task.",
-        json_schema_extra={"type": ["number", "string"]},
-    )
-
-    @field_validator("max_increase", mode="before")
-    @classmethod
-    def _percent(cls, value: object, info: ValidationInfo) -> object:
-        no_bool(value)
-        if not isinstance(value, str):
-            return value
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})? ?%", value, re.ASCII):
-            raise ValueError(f"{value!r} is neither a number nor a percentage such as '30%'")
-        if info.data.get("metric") == "kl":
-            raise ValueError(
-                "kl is absolute, in nats per token: write a number such as 0.05, not a percentage"
-            )
-        return float(Decimal(value.rstrip(" %")) / 100)
-
-
-class EvaluateSection(Section):
-    """What is measured on source and result after the run, and what the result must not exceed."""
-
-    text: Text = Field(
-        default="calibration/heldout.jsonl",
-        description="Held-out text for perplexity and KL: UTF-8, plain or JSON lines with the field `text`. "
-        "Looked for from the current folder, beside the recipe, then among the shipped files.",
-    )
-    tokens: Count = Field(default=16384, ge=2, description="How many tokens of it are read.")
-    context: Window = Field(
-        default=1024, description="Tokens in one window; each window is scored on its own."
-    )
-    tasks: tuple[Annotated[EvalTask, BeforeValidator(_named, json_schema_input_type=EvalTask | str)], ...] = (
-        Field(default=(), description="lm-eval tasks, by name or as {name, limit}.")
-    )
-    gates: tuple[Gate, ...] = Field(
-        default=(), description="Bounds that decide whether the result is exported."
-    )
-    long: LongSection | None = Field(
-        default=None,
-        exclude_if=is_none,
-        description="What is measured at long context, beyond the text: by default nothing.",
-    )
-
     @model_validator(mode="after")
-    def _consistent(self) -> EvaluateSection:
-        names = [task.name for task in self.tasks]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                raise blamed(("tasks", index), f"task {name!r} is listed twice")
-        for index, gate in enumerate(self.gates):
-            if gate.metric.startswith("task:") and gate.metric[5:] not in names:
-                raise blamed(
-                    ("gates", index, "metric"), f"no task {gate.metric[5:]!r} in evaluate.tasks to measure"
-                )
+    def _budget_goes_with_auto(self) -> WeightsSection:
+        if self.scheme == AUTO and self.budget is None:
+            raise blamed(("scheme",), "auto needs a budget beside it, such as {bits_per_target_weight: 4.75}")
+        for name in ("budget", "candidates"):
+            if self.scheme != AUTO and getattr(self, name):
+                raise blamed((name,), f"{name} goes with `scheme: auto` only")
+        if len(self.candidates) == 1:
+            raise blamed(("candidates",), "one candidate leaves nothing to choose; name its scheme instead")
+        for index, candidate in enumerate(self.candidates):
+            if candidate in self.candidates[:index]:
+                raise blamed(("candidates", index), "the same candidate is listed twice")
         return self
+
+    def without_budget(self) -> WeightsSection:
+        """The section for a model that the budget is not for: the first candidate instead of ``auto``."""
+        if self.budget is None:
+            return self
+        first = next((scheme for scheme in self.auto_candidates if not isinstance(scheme, str)), None)
+        if first is None:
+            return self
+        return self.model_copy(update={"scheme": first, "budget": None, "candidates": ()})
+
+    @property
+    def auto_candidates(self) -> tuple[Scheme | Literal["copy"], ...]:
+        """What ``auto`` chooses among."""
+        if self.candidates:
+            return self.candidates
+        return tuple("copy" if name == "copy" else parse_scheme(name) for name in DEFAULT_CANDIDATES)
 
 
 class ExportSection(Section):
@@ -285,6 +245,12 @@ class Recipe(Section):
         default=None,
         exclude_if=is_none,
         description="What calibrated solvers and schemes are shown; by default the shipped mixture.",
+    )
+    serve: ServeSection | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="On what and for whom it is to be served, which plan and report compute memory, users, "
+        "speed and cost for; by default one user on one common GPU.",
     )
     evaluate: Annotated[
         EvaluateSection | None,

@@ -184,3 +184,9 @@ def test_kinds_differ() -> None:
     classes = codec_classes()
     assert all(found.kind == kind for kind, found in classes.items())
     assert "fitted" in classes
+
+
+def test_no_layers() -> None:
+    """Of latent attention none is listed: nothing is stored in fewer bits."""
+    assert KvPlan().bits == 16.0
+    assert KvPlan().token_bytes == 0

@@ -106,9 +106,50 @@ HEAD = "schema_version: 1\nmodel: {source: m.gguf}\n"
         (
             SMALL + "evaluate: {gates: [{metric: ppl, max_increase: 1}]}\n",
             "4:29",
-            "known: perplexity, kl, task:NAME",
+            "known: perplexity, kl, task, task:NAME, needle",
         ),
         (SMALL + "evaluate: {gates: [{metric: kl, max_increase: 3%}]}\n", "4:47", "kl is absolute"),
+        (SMALL + "evaluate: {gates: [{metric: kl}]}\n", "4:20", "a gate needs a bound"),
+        (
+            SMALL + "evaluate: {gates: [{metric: kl, max_increase: 1, min_recovery: 0.5}]}\n",
+            "4:64",
+            "has one bound",
+        ),
+        (SMALL + "evaluate: {gates: [{metric: kl, min_recovery: 99%}]}\n", "4:47", "kl has no recovery"),
+        (
+            SMALL + "evaluate: {gates: [{metric: acceptance, max_increase: 1}]}\n",
+            "4:55",
+            "itself a share",
+        ),
+        (
+            SMALL + "evaluate: {gates: [{metric: perplexity, max_increase: 1, uncertain: fail}]}\n",
+            "4:69",
+            "without confidence nothing is uncertain",
+        ),
+        (
+            SMALL + "evaluate: {gates: [{metric: perplexity, max_increase: 1, confidence: 95}]}\n",
+            "4:70",
+            "less than or equal to 0.999",
+        ),
+        (
+            SMALL + "evaluate: {gates: [{metric: task, max_increase: 1, confidence: 0.99999999999999999}]}\n",
+            "4:64",
+            "less than or equal to 0.999",
+        ),
+        (
+            "model: {source: x}\n"
+            "weights: {scheme: auto, budget: {bytes: 1GB}, candidates: [{kind: int4, grup_size: 32}]}\n",
+            "2:73",
+            "did you mean 'group_size'",
+        ),
+        (
+            SMALL + "evaluate: {gates: [{metric: task, max_increase: 1}]}\n",
+            "4:29",
+            "no task in evaluate.tasks",
+        ),
+        (SMALL + "evaluate: {gates: [{metric: needle, max_increase: 1}]}\n", "4:29", "hides nothing"),
+        (SMALL + "evaluate: {seeds: [1, 1]}\n", "4:12", "a seed is listed twice"),
+        (SMALL + "evaluate: {seeds: []}\n", "4:12", "must not be empty"),
         (SMALL + "evaluate: {gates: [{metric: kl, max_increase: .nan}]}\n", "4:47", "finite number"),
         (
             SMALL + "evaluate: {gates: [{metric: perplexity, max_increase: 3 percent}]}\n",

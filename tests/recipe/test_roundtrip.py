@@ -12,13 +12,17 @@ from pydantic import ValidationError
 
 from compressor.data import shipped_root
 from compressor.recipe.calibration import CalibrationSection, DatasetSection
+from compressor.recipe.evaluate import (
+    EvalTask,
+    EvaluateSection,
+    Gate,
+    GenerationSection,
+    SpeedSection,
+)
 from compressor.recipe.faults import RecipeFaults
 from compressor.recipe.load import dump_recipe, load_recipe, shipped_recipes
 from compressor.recipe.model import (
-    EvalTask,
-    EvaluateSection,
     ExportSection,
-    Gate,
     ModelSection,
     Recipe,
     WeightRule,
@@ -73,13 +77,23 @@ def _rules(draw: st.DrawFn) -> WeightRule:
 def _evaluations(draw: st.DrawFn) -> EvaluateSection:
     names = draw(st.lists(SLUGS, max_size=3, unique=True))
     metrics = st.sampled_from(["perplexity", "kl", *(f"task:{name}" for name in names)])
-    gates = st.builds(Gate, metric=metrics, max_increase=st.floats(0, 1e300))
+    sure = st.none() | st.floats(0.5, 0.999)
+    gates = st.builds(Gate, metric=metrics, max_increase=st.floats(0, 1e300), confidence=sure) | st.builds(
+        Gate,
+        metric=st.just("perplexity"),
+        min_recovery=st.floats(0, 1),
+        confidence=st.just(0.95),
+        uncertain=st.sampled_from([None, "warn", "fail"]),
+    )
     return EvaluateSection(
         text=draw(TEXTS),
         tokens=draw(COUNTS.filter(lambda count: count > 1)),
         context=draw(st.integers(2, 2**24)),
         tasks=tuple(EvalTask(name=name, limit=draw(st.none() | COUNTS)) for name in names),
         gates=tuple(draw(st.lists(gates, max_size=3))),
+        seeds=draw(st.none() | st.just((3, 0))),
+        generation=draw(st.none() | st.builds(GenerationSection, prompts=st.integers(1, 10_000))),
+        speed=draw(st.none() | st.builds(SpeedSection, runs=st.integers(1, 1000))),
     )
 
 

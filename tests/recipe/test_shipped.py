@@ -23,7 +23,9 @@ NAMES = [
     "jamba-fp8",
     "llama-70b-nvfp4",
     "llama3-70b-128k",
+    "llama3-70b-compounded",
     "maverick-nvfp4",
+    "qwen3-32b-nvfp4",
     "qwen3-moe-int4",
     "qwen3-next-mtp",
     "qwen3-next-nvfp4",
@@ -34,6 +36,8 @@ NAMES = [
     "smollm2-32k-nvfp4-kv4",
     "smollm2-32k-trained",
     "smollm2-32k",
+    "smollm2-auto-3pct",
+    "smollm2-auto",
     "smollm2-eagle3",
     "smollm2-fp8",
     "smollm2-int4",
@@ -71,7 +75,8 @@ def test_what_the_demo_recipe_says() -> None:
     assert recipe.evaluate is not None
     assert (recipe.evaluate.tokens, recipe.evaluate.context) == (16384, 1024)
     assert [task.name for task in recipe.evaluate.tasks] == ["piqa"]
-    assert [(gate.metric, gate.max_increase) for gate in recipe.evaluate.gates] == [("perplexity", 0.35)]
+    gates = [(gate.metric, gate.max_increase, gate.min_recovery) for gate in recipe.evaluate.gates]
+    assert gates == [("perplexity", 0.35, None), ("task:piqa", None, 0.99)]
 
 
 def test_places_of_keys(write: Write) -> None:
@@ -116,11 +121,12 @@ def test_schema_knows_the_language() -> None:
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert set(_properties(schema)) == {
         "extends", "schema_version", "name", "seed", "model", "weights", "calibration", "evaluate", "export",
-        "workspace", "kv_cache", "context", "adapters", "drafts",
+        "workspace", "kv_cache", "context", "adapters", "drafts", "serve",
     }  # fmt: skip
-    assert {"ignore", "+ignore", "polish", "rules", "+rules", "scheme", "solver"} == set(
-        _properties(schema, "WeightsSection")
-    )
+    assert set(_properties(schema, "WeightsSection")) == {
+        "ignore", "+ignore", "polish", "rules", "+rules", "scheme", "solver", "budget", "candidates",
+        "+candidates",
+    }  # fmt: skip
     assert not set(_properties(schema)) & {path[0] for path in RESERVED if len(path) == 1}
     for section in (
         "ModelSection",
@@ -132,6 +138,9 @@ def test_schema_knows_the_language() -> None:
         "Gate",
         "ExportSection",
         "WorkspaceSection",
+        "ServeSection",
+        "GpuSection",
+        "ClaimSection",
     ):
         assert schema["$defs"][section]["additionalProperties"] is False
         assert all(field.get("description") for field in _properties(schema, section).values())
@@ -140,7 +149,7 @@ def test_schema_knows_the_language() -> None:
         "required": ["model", "weights"],
         "properties": {"model": {"required": ["source"]}, "weights": {"required": ["scheme"]}},
     }
-    names = _properties(schema, "WeightsSection")["scheme"]["anyOf"][0]["enum"]
+    names = _properties(schema, "WeightsSection")["scheme"]["anyOf"][1]["anyOf"][0]["enum"]
     assert names == list(known_schemes())
 
 

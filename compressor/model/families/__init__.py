@@ -23,7 +23,9 @@ from compressor.model.families.llama4 import LLAMA4
 from compressor.model.families.mixtures import GLM4_MOE, MIXTRAL, QWEN_MOE
 from compressor.model.families.naming import (
     block_index,
+    is_lookup,
     is_prediction,
+    is_tower,
     is_wrapper,
     member_rows,
     text_config,
@@ -37,7 +39,9 @@ __all__ = [
     "embedding_problem",
     "families",
     "family_for",
+    "is_lookup",
     "is_prediction",
+    "is_tower",
     "is_wrapper",
     "member_rows",
     "renames_modules",

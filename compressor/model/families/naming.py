@@ -64,9 +64,19 @@ def is_wrapper(config: dict[str, Any]) -> bool:
     return text_config(config) is not config or isinstance(config.get("vision_config"), dict)
 
 
+def is_tower(name: str) -> bool:
+    """Whether a tensor belongs to another modality, by its name."""
+    return _TOWER.search(name) is not None
+
+
+def is_lookup(name: str) -> bool:
+    """Whether a tensor is an input embedding or an output head by its name, a prediction layer's too."""
+    return name.endswith(".weight") and leaf(name.removesuffix(".weight")) in EMBEDDINGS | LM_HEADS | {"head"}
+
+
 def is_prediction(name: str, config: dict[str, Any]) -> bool:
     """Whether a tensor belongs to a multi-token prediction layer: named so, or a block behind the last."""
-    if _TOWER.search(name):
+    if is_tower(name):
         return False
     blocks = text_config(config).get("num_hidden_layers")
     index = block_index(name)
@@ -126,7 +136,7 @@ def common_role(header: TensorHeader, config: dict[str, Any]) -> Role | None:
     """
     if header.dtype not in FLOAT_DTYPES:
         return Role("other", reason=f"stored as {header.dtype}, not as a floating-point weight")
-    if _TOWER.search(header.name):
+    if is_tower(header.name):
         return Role("other", reason="tower or projector of another modality")
     if is_prediction(header.name, config):
         return Role("other", reason=PREDICTION)
