@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,17 @@ from compressor.checkpoint.layout import load_config
 from compressor.checkpoint.sources import From, open_source
 from compressor.data import find
 from compressor.errors import CheckpointError, PlanError, UserError
-from compressor.evals.base import EvalResult, EvalSpec
+from compressor.evals.base import EvalResult, EvalSpec, GenerationSpec, SpeedSpec
 from compressor.evals.kv_feed import Mode
 from compressor.evals.long_spec import LongSpec
+from compressor.evals.run import check_tasks
 from compressor.planner.evaluated_long import long_spec
 from compressor.planner.kv_bytes import full_context
 from compressor.progress import Progress
 from compressor.recipe.evaluate_long import LongSection
 from compressor.stages.drafts_open import kind_of, open_drafter
 from compressor.stages.kv_evaluate import check_kv_formats, kv_variants, with_kv
+from compressor.workspace import Workspace
 
 if TYPE_CHECKING:
     from compressor.drafts.base import Drafter
@@ -39,6 +42,16 @@ LONG_OPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class More:
+    """What ``compare`` measures beyond the text; see ``EvalSpec``."""
+
+    tasks: Mapping[str, int | None] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    generation: GenerationSpec | None = None
+    speed: SpeedSpec | None = None
+
+
 def compare(
     checkpoint: Path,
     source: str,
@@ -48,7 +61,7 @@ def compare(
     from_: From | None = None,
     tokens: int | None,
     context: int,
-    cache: Path,
+    space: Workspace,
     progress: Progress,
     kv: Sequence[str] = (),
     kv_mode: Mode = "strict",
@@ -56,6 +69,7 @@ def compare(
     long: LongSection | None = None,
     long_window: int | None = None,
     long_seed: int = 0,
+    more: More = More(),
 ) -> EvalResult:
     """Perplexity, KL and agreement of ``checkpoint`` against ``source``, both loaded from disk.
 
@@ -67,7 +81,7 @@ def compare(
         from_: as in a recipe's ``model.from``, where the source itself is quantized.
         tokens: how many of its tokens are read, or None for all.
         context: tokens of one window.
-        cache: folder that a Hub source is downloaded to.
+        space: keeps what is fetched from the Hub, and the source's answers to tasks.
         progress: told of everything.
         kv: KV-cache formats to measure the checkpoint with, against itself with a 16-bit cache.
         kv_mode: what attention reads of them, see ``evals.kv_feed``.
@@ -75,6 +89,7 @@ def compare(
         long: what to measure at long context, or None.
         long_window: tokens of the sliding window, or None for what the source's config says.
         long_seed: of numbers, samples and intervals.
+        more: what else is measured.
 
     Raises:
         UserError: anything that is missing, unreadable or does not fit together.
@@ -82,8 +97,9 @@ def compare(
     _check_folder(checkpoint)
     check_kv_formats(kv, checkpoint)
     found = find(text, what="evaluation text")
-    opened = open_source(source, revision=revision, cache=cache, from_=from_)
-    spec = EvalSpec(text=found, text_label=text, tokens=tokens, context=context)
+    check_tasks(more.tasks)
+    opened = open_source(source, revision=revision, cache=space.hub, from_=from_)
+    spec = EvalSpec(text=found, text_label=text, tokens=tokens, context=context, **vars(more))
     if long is not None:
         spec = replace(spec, long=_long(long, opened.config, checkpoint, long_window, long_seed))
     import torch
@@ -91,7 +107,8 @@ def compare(
     from compressor.evals.long import check_long, evaluate_long
     from compressor.evals.run import evaluate_pair
     from compressor.evals.text import check_context
-    from compressor.model.load import load_source_model, load_tokenizer
+    from compressor.model.load import load_source_model, load_tokenizer, set_dtype
+    from compressor.stages.evaluate import source_answers
     from compressor.stages.simulated import simulate_activations
 
     tokenizer = load_tokenizer(checkpoint)
@@ -103,7 +120,11 @@ def compare(
         check_context(result.model, length)
     result = simulate_activations(result, checkpoint, opened)
     source_model, model = load_source_model(opened, torch.float32), result.model
-    measured = evaluate_pair(source_model, result, tokenizer, spec, progress)
+    kept = partial(source_answers, opened, space.answers)
+    measured = evaluate_pair(source_model, result, tokenizer, spec, progress, hub=space.hub, kept=kept)
+    if more.tasks or more.speed:
+        # They are computed in another dtype.
+        set_dtype(model, torch.float32)
     measured = with_kv(measured, model, tokenizer, variants, spec, progress, mode=kv_mode, needle=kv_needle)
     if spec.long is None:
         return measured

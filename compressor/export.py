@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from compressor.errors import CheckpointError, UserError
+from compressor.errors import CheckpointError, GateError, UserError
 from compressor.report.card import write_card
 from compressor.report.html import write_html
 from compressor.report.manifest import MANIFEST_FILE, RUN_FILES, Manifest, read_manifest
@@ -49,6 +49,20 @@ def exported(folder: Path) -> Manifest | None:
         return None
     same = all(present[name] == size for name, size in named.items() if name not in RUN_FILES)
     return manifest if same else None
+
+
+def check_publishable(folder: Path) -> None:
+    """Refuses to hand on what is no finished export, or what a gate has refused, whatever its folder's name.
+
+    Raises:
+        UserError: there is no finished result of this program in the folder.
+        GateError: naming the gates.
+    """
+    manifest = exported(folder)
+    if manifest is None:
+        raise UserError("no finished result of this program", where=str(folder), fix="run the recipe first")
+    if manifest.refused:
+        raise GateError(f"{folder}: {'; '.join(manifest.refused)}")
 
 
 def already_exported(folder: Path, recipe_yaml: str, key: str) -> bool:

@@ -18,6 +18,8 @@ from compressor.progress import Progress
 from compressor.stages.adapt import adapt_stage
 from compressor.stages.adapt_files import copy_adapter
 from compressor.stages.assemble import assemble
+from compressor.stages.budget import budget_stage
+from compressor.stages.budget_values import ChosenValues
 from compressor.stages.context import context_stage
 from compressor.stages.decode import decode_stage
 from compressor.stages.drafts import drafts_stage
@@ -25,13 +27,14 @@ from compressor.stages.evaluate import evaluate_stage
 from compressor.stages.kv import kv_stage
 from compressor.stages.oneshot import oneshot_stage
 from compressor.stages.polish import polish_stage
+from compressor.stages.sensitivity import sensitivity_stage
 from compressor.stages.stream import stream
 from compressor.stages.walk import walk_stage
-from compressor.stages.walked import WalkedTensors
+from compressor.stages.walked import Finished, WalkedTensors
 from compressor.workspace import stage_key
 
 ASSEMBLE_VERSION = 1
-EVALUATE_VERSION = 2
+EVALUATE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def stages_of(plan: Plan, progress: Progress, make: Callable[[Plan], Path]) -> l
     third = stage_key("evaluate", EVALUATE_VERSION, measured_content(plan.evaluation), measured)
 
     def run_stream(folder: Path) -> Mapping[str, Any]:
-        walked = None if found is None else WalkedTensors(found)
+        walked: Finished | None = None if found is None else WalkedTensors(found)
+        walked = walked or _solved(plan)
         shards, dialect, evict = plan.shards, plan.dialect, plan.evicts
         return {
             "resumed": stream(weights_source(plan), shards, dialect, folder, progress, walked, evict=evict)
@@ -97,9 +101,12 @@ def stages_of(plan: Plan, progress: Progress, make: Callable[[Plan], Path]) -> l
         most = bounds.max_memory_bytes if bounds is not None else None
         apart = plan.context is not None and plan.context.measured_tokens
         scaled = scaled_source(plan) if apart else None
-        return evaluate_stage(plan.source, checkpoint, plan.claims, spec, progress, most, scaled, folder)
+        return evaluate_stage(
+            plan.source, checkpoint, plan.claims, spec, progress, most, scaled, folder, space=space
+        )
 
-    before = [stage for stage in (_context(plan, progress), adapt, kv) if stage is not None]
+    before = [stage for stage in (_context(plan, progress), adapt) if stage is not None]
+    before += [*_budget(plan, progress), *([kv] if kv is not None else [])]
     stages = [
         Stage("stream", first, run_stream),
         Stage("assemble", second, run_assemble),
@@ -118,6 +125,41 @@ def stages_of(plan: Plan, progress: Progress, make: Callable[[Plan], Path]) -> l
 
     walked = [*before, Stage("walk", zeroth, run_walk)]
     return [*walked, *stages] if polish is None else [*walked, polish, *stages]
+
+
+def stages_to_choose(plan: Plan, progress: Progress) -> list[Stage]:
+    """The stages up to the choice of schemes, of a plan that waits for it; the last one makes it."""
+    before = [stage for stage in (_context(plan, progress), _adapt(plan, progress)) if stage is not None]
+    return [*before, *_budget(plan, progress)]
+
+
+def _solved(plan: Plan) -> Finished | None:
+    """What was solved while schemes were chosen; None where rules say them."""
+    if plan.budget is None:
+        return None
+    sensed = plan.workspace.artefact("sensitivity", plan.budget.sensitivity_key(plan.base_source))
+    return ChosenValues(sensed, plan.budget.solved(plan.claims, plan.base_source, plan.weights_source))
+
+
+def _budget(plan: Plan, progress: Progress) -> list[Stage]:
+    """The stages that measure options and choose among them; none where rules say the schemes."""
+    budget = plan.budget
+    if budget is None:
+        return []
+    first, second = budget.sensitivity_key(plan.base_source), budget.key(plan.base_source)
+    job, goal, sensed = budget.job, budget.goal, plan.workspace.artefact("sensitivity", first)
+    return [
+        Stage(
+            "sensitivity",
+            first,
+            lambda folder: sensitivity_stage(base_source(plan), job, folder, progress),
+        ),
+        Stage(
+            "budget",
+            second,
+            lambda folder: budget_stage(base_source(plan), job, goal, sensed, folder, progress),
+        ),
+    ]
 
 
 def _context(plan: Plan, progress: Progress) -> Stage | None:

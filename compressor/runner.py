@@ -7,26 +7,33 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from compressor.budget.gates import check_gates
+from compressor.budget.gates import GateVerdict, acceptance_sample, check_gates
+from compressor.budget.samples import sample_from_json
+from compressor.checkpoint.made_by import allowed_factory
 from compressor.errors import GateError, UserError
 from compressor.evals.base import EvalResult
 from compressor.export import already_exported, check_target, describe, export_folder, failed_folder
 from compressor.meter import metered
 from compressor.model.aliases import linear_aliases
 from compressor.model.load import check_known
-from compressor.pipeline import Stage, stages_of
+from compressor.pipeline import Stage, stages_of, stages_to_choose
 from compressor.planner.adapter_result import adapter_facts
+from compressor.planner.budget_result import budget_facts
+from compressor.planner.compounding_result import with_compounding
 from compressor.planner.context_result import context_facts
 from compressor.planner.draft_result import draft_facts
 from compressor.planner.keys import stream_key
 from compressor.planner.kv_result import told_kv
-from compressor.planner.plan import Plan
+from compressor.planner.plan import Plan, make_plan
 from compressor.planner.relocated import recipe_seen_from
 from compressor.progress import Progress
 from compressor.recipe.load import dump_recipe
 from compressor.report.manifest import Manifest, write_manifest
 from compressor.report.model import Report, StageCost, load_report
+from compressor.report.rows import gate_sentence
+from compressor.stages.budget import choice_of
 from compressor.stages.drafts import check_drafts, name_verifier
 from compressor.stages.evaluate import check_tokens, measure, reload
 from compressor.stages.kv_export import result_names
@@ -54,11 +61,7 @@ class RunResult:
 
     def raise_if_failed(self) -> None:
         """Raises GateError unless every gate passed."""
-        failed = [
-            f"{gate.metric} {gate.value:.4g} > {gate.max_increase:.4g}"
-            for gate in self.report.gates
-            if not gate.passed
-        ]
+        failed = [gate_sentence(gate) for gate in self.report.gates if not gate.passed]
         if failed:
             raise GateError(f"{'; '.join(failed)}; the result is kept in {self.output}")
 
@@ -79,6 +82,7 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
         progress.warn(warning)
     recipe_yaml = dump_recipe(recipe_seen_from(plan.output, plan))
     with plan.workspace.locked():
+        plan, costs = _chosen(plan, progress, fresh=fresh)
         stages = _stages(plan, progress, fresh=fresh)
         for done in (plan.output, failed_folder(plan.output)):
             if not fresh and already_exported(done, recipe_yaml, stages[-1].key):
@@ -86,17 +90,42 @@ def execute(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult
                 return RunResult(done, load_report(done))
         check_target(plan.output, recipe_yaml, stages[-1].key)
         check_known(plan.source)
-        costs = []
         with _placed(plan):
             # Stages before the weights may be another recipe's, for which other things were checked.
             if not plan.workspace.finished("stream", stream_key(plan)):
                 _check_early(plan)
             _check_drafts(plan)
-            for stage in stages:
+            for stage in stages[len(costs) :]:
                 if fresh:
                     plan.workspace.discard(stage.name, stage.key)
                 costs.append(_resume_or_execute(plan, stage, progress))
         return _export(plan, recipe_yaml, stages, costs, progress)
+
+
+def _chosen(plan: Plan, progress: Progress, *, fresh: bool) -> tuple[Plan, list[StageCost]]:
+    """The plan with its schemes chosen, and the costs of the stages that are done by then: its first ones."""
+    if plan.budget is None or plan.budget.choice is not None:
+        return plan, []
+    stages = stages_to_choose(plan, progress)
+    costs = []
+    with _placed(plan):
+        if not plan.workspace.finished(stages[-1].name, stages[-1].key):
+            check_known(plan.source)
+            _check_early(plan)
+        for stage in stages:
+            if fresh:
+                plan.workspace.discard(stage.name, stage.key)
+            costs.append(_resume_or_execute(plan, stage, progress))
+        choice = choice_of(plan.workspace.facts(stages[-1].name, stages[-1].key))
+        chosen = make_plan(
+            plan.loaded,
+            output=plan.output,
+            workspace=plan.workspace.root,
+            planning=False,
+            allow_code=allowed_factory(plan.source) is not None,
+            choice=choice,
+        )
+    return chosen, costs
 
 
 def _check_alone() -> None:
@@ -154,7 +183,7 @@ def evaluate_again(plan: Plan, progress: Progress) -> EvalResult:
     if not (plan.output / "config.json").is_file():
         raise UserError("no result to measure", where=str(plan.output), fix="run the recipe first")
     result = reload(plan.output, plan.source)
-    return measure(plan.source, plan.output, result, plan.evaluation, progress)
+    return measure(plan.source, plan.output, result, plan.evaluation, progress, space=plan.workspace)
 
 
 def _stages(plan: Plan, progress: Progress, *, fresh: bool = False) -> list[Stage]:
@@ -197,10 +226,10 @@ def _export(
     space = plan.workspace
     artefacts = {stage.name: space.artefact(stage.name, stage.key) for stage in stages}
     facts = space.facts("evaluate", stages[-1].key)
-    gates = check_gates(plan.gates, facts["gate_values"])
+    shown = {stage.name: space.facts(stage.name, stage.key) for stage in stages}
+    gates = _judged(plan, shown, progress)
     passed = all(gate.passed for gate in gates)
     result_folder = plan.output if passed else failed_folder(plan.output)
-    shown = {stage.name: space.facts(stage.name, stage.key) for stage in stages}
     calibrated = shown.get("walk") or shown.get("oneshot")
     walked = calibrated["calibration"] if calibrated else None
     if walked is not None and plan.polish is not None:
@@ -221,7 +250,9 @@ def _export(
         else None,
         adapter_facts(plan, shown),
         draft_facts(plan, shown),
+        budget_facts(shown),
     )
+    report = with_compounding(report, plan, artefacts.get("kv"))
     with export_folder(space, result_folder, checkpoint) as folder:
         name_verifier(folder, report.serve.model)
         describe(folder, report, recipe_yaml)
@@ -231,12 +262,25 @@ def _export(
             source=plan.source,
             versions=package_versions(),
             seed=plan.loaded.recipe.seed,
+            refused=tuple(gate.sentence() for gate in gates if not gate.passed),
             progress=progress,
         )
         replaced = shown["drafts"]["drafts"]["replaced"] if plan.drafts is not None else {}
         _check_shards(plan, stages, manifest, artefacts["stream"], replaced)
     progress.log(f"exported to {result_folder}")
     return RunResult(result_folder, report)
+
+
+def _judged(plan: Plan, shown: Mapping[str, Mapping[str, Any]], progress: Progress) -> list[GateVerdict]:
+    """The gates' verdicts on what the stages measured; warns of what a person should look at."""
+    samples = {name: sample_from_json(kept) for name, kept in shown["evaluate"]["gate_samples"].items()}
+    if "decode" in shown:
+        samples |= acceptance_sample(shown["decode"]["decoding"])
+    gates = check_gates(plan.gates, samples, plan.loaded.recipe.seed)
+    for gate in gates:
+        if gate.passed and gate.note:
+            progress.warn(f"gate {gate.sentence()}")
+    return gates
 
 
 def _check_shards(

@@ -15,9 +15,11 @@ import psutil
 
 from compressor import device
 from compressor.budget.gates import GateVerdict
+from compressor.evals.base import EvalSpec
 from compressor.evals.long_spec import LongSpec
 from compressor.planner.plan import Plan
 from compressor.report.adapters import AdapterFacts
+from compressor.report.budget import BudgetFacts
 from compressor.report.calibration import (
     CalibratedMatrix,
     CalibrationFacts,
@@ -32,10 +34,10 @@ from compressor.report.context import ContextFacts
 from compressor.report.drafts import DraftFacts
 from compressor.report.kv import KvFacts
 from compressor.report.long import long_facts
+from compressor.report.measured import Evaluated, Gate
 from compressor.report.model import (
     Device,
     Divergence,
-    Gate,
     Kept,
     Perplexity,
     Quality,
@@ -45,11 +47,11 @@ from compressor.report.model import (
     SchemeError,
     SourceFacts,
     StageCost,
-    TaskMetric,
     TensorError,
     WeightFacts,
     utc_now,
 )
+from compressor.report.parts import layer_matrices, part_bytes
 from compressor.report.serve import serve_facts
 from compressor.stages.base import Claim, needs_calibration
 from compressor.stages.receipts import all_receipts
@@ -84,6 +86,7 @@ def summarize(
     context: ContextFacts | None = None,
     adapters: AdapterFacts | None = None,
     drafts: DraftFacts | None = None,
+    budget: BudgetFacts | None = None,
 ) -> Report:
     """The report of a run, from the artefact folders of its stages.
 
@@ -91,7 +94,8 @@ def summarize(
     ``seed``, ``dtype``, and ``polish`` if one followed), or None where none was needed. ``output`` is where
     the checkpoint will be: below the current folder it is named relative to it. ``kv``: its cache, if the
     recipe says how it is stored. ``context``: how its positions are scaled, if they are. ``adapters``: what
-    was trained on long documents, if anything was. ``drafts``: what proposes tokens for it.
+    was trained on long documents, if anything was. ``drafts``: what proposes tokens for it. ``budget``: how
+    schemes were chosen, if they were.
     """
     prediction = plan.prediction
     schemes = _by_scheme(plan.claims)
@@ -116,13 +120,11 @@ def summarize(
             target_parameters=prediction.target_parameters,
             schemes={label: _scheme_bytes(claims) for label, claims in schemes.items()},
             left_16bit=_kept(plan.claims),
+            parts=part_bytes(plan.claims, plan.source.config),
         ),
-        weights=_weight_errors(streamed),
+        weights=_weight_errors(streamed, plan.claims),
         quality=_quality(plan, evaluation, output) if evaluation else None,
-        gates=tuple(
-            Gate(metric=gate.metric, max_increase=gate.max_increase, value=gate.value, passed=gate.passed)
-            for gate in gates
-        ),
+        gates=tuple(Gate(**vars(gate)) for gate in gates),
         stages=tuple(costs),
         versions=package_versions(),
         device=_device(),
@@ -147,6 +149,7 @@ def summarize(
         long=long_facts(evaluation["long"]) if evaluation and "long" in evaluation else None,
         adapters=adapters,
         drafts=drafts,
+        budget=budget,
     )
 
 
@@ -170,14 +173,11 @@ def _quality(plan: Plan, evaluation: Mapping[str, Any], output: Path) -> Quality
             increase_ci95=tuple(interval) if interval else None,
         ),
         kl=Divergence(mean=kl["mean"], p999=kl["p999"]),
+        **dict(Evaluated.of(evaluation)),
         top1_agreement=evaluation["top1_agreement"],
         tokens=evaluation["tokens"],
         context=evaluation["context"],
         text=evaluation["text"],
-        tasks={
-            task: {metric: _task_metric(figures) for metric, figures in metrics.items()}
-            for task, metrics in evaluation["tasks"].items()
-        },
         command=_eval_command(plan, evaluation, output),
         text_dtype=evaluation["text_dtype"],
         task_dtype=evaluation["task_dtype"],
@@ -186,12 +186,8 @@ def _quality(plan: Plan, evaluation: Mapping[str, Any], output: Path) -> Quality
     )
 
 
-def _task_metric(figures: Mapping[str, Any]) -> TaskMetric:
-    return TaskMetric(**{name: figures[name] for name in TaskMetric.model_fields})
-
-
 def _eval_command(plan: Plan, evaluation: Mapping[str, Any], output: Path) -> str:
-    """What measures perplexity, KL and agreement again, from the present folder."""
+    """What measures the same again, from the present folder."""
     spec, source = plan.evaluation, plan.source
     assert spec is not None
     said = plan.loaded.recipe.model
@@ -205,9 +201,26 @@ def _eval_command(plan: Plan, evaluation: Mapping[str, Any], output: Path) -> st
         *(("--from", "dequantize") if said.from_ else ()),
         *("--text", spec.text_label if spec.text_is_shipped else _shown(spec.text)),
         *("--tokens", str(evaluation["tokens"]), "--context", str(evaluation["context"])),
+        *_more_words(spec),
         *(_long_words(spec.long) if spec.long else ()),
     ]
     return shlex.join(words)
+
+
+def _more_words(spec: EvalSpec) -> list[str]:
+    """Options of ``compress eval`` that measure the same tasks, continuations and speed."""
+    words = []
+    for task, limit in spec.tasks.items():
+        words += ["--task", task if limit is None else f"{task}={limit}"]
+    if spec.tasks and spec.seeds != (0,):
+        words += ["--task-seeds", ",".join(map(str, spec.seeds))]
+    if (asked := spec.generation) is not None:
+        words += ["--continuations", str(asked.prompts), "--continuation-prompt", str(asked.prompt_tokens)]
+        words += ["--continuation-tokens", str(asked.new_tokens)]
+    if (speed := spec.speed) is not None:
+        words += ["--speed", str(speed.runs), "--speed-prompt", str(speed.prompt_tokens)]
+        words += ["--speed-tokens", str(speed.new_tokens), "--speed-batch", str(speed.batch)]
+    return words
 
 
 def _long_words(spec: LongSpec) -> list[str]:
@@ -274,10 +287,11 @@ def _kept(claims: Sequence[Claim]) -> tuple[Kept, ...]:
     return tuple(sorted(kept, key=lambda row: -row.bytes))
 
 
-def _weight_errors(streamed: Path) -> WeightFacts:
-    """Errors from the shard receipts, by scheme."""
+def _weight_errors(streamed: Path, claims: Sequence[Claim]) -> WeightFacts:
+    """Errors from the shard receipts, by scheme and by layer."""
     grouped: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for error in _part_errors(streamed):
+    told = list(_part_errors(streamed))
+    for error in told:
         grouped[error["scheme"]].append(error)
     found = {}
     for label, errors in grouped.items():
@@ -288,7 +302,7 @@ def _weight_errors(streamed: Path) -> WeightFacts:
         squared = sum(error["squared_error"] for error in errors)
         norm = sum(error["squared_norm"] for error in errors)
         found[label] = SchemeError(mean=squared / norm if norm else 0.0, worst=tuple(ranked[:_WORST]))
-    return WeightFacts(relative_error=found)
+    return WeightFacts(relative_error=found, layers=layer_matrices(claims, told))
 
 
 def _part_errors(streamed: Path) -> Iterator[Mapping[str, Any]]:

@@ -84,6 +84,7 @@ class Workspace:
         self.partials = root / "partial"
         self.hub = root / "hub"
         self.drafts = root / "draft"
+        self.answers = root / "answers"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -167,7 +168,7 @@ class Workspace:
                 shutil.rmtree(folder)
 
     def entries(self) -> list[Entry]:
-        """Every artefact and partial folder, draft models made here, and the Hub cache, largest first."""
+        """All artefacts, partial folders, draft models made here, Hub files, kept answers, largest first."""
         found = []
         for parent, finished in ((self.stages, True), (self.partials, False)):
             folders = sorted(parent.iterdir()) if parent.is_dir() else []
@@ -183,8 +184,7 @@ class Workspace:
                 for folder in sorted(self.drafts.iterdir())
                 if folder.is_dir() and not folder.is_symlink()
             ]
-        if self.hub.is_dir():
-            found.append(self._entry(self.hub, True))
+        found += [self._entry(kept, True) for kept in (self.hub, self.answers) if kept.is_dir()]
         return sorted(found, key=lambda entry: -entry.nbytes)
 
     def reclaimable_bytes(self, entries: Sequence[Entry]) -> int:

@@ -11,19 +11,23 @@ from compressor.planner.claims import unmet_patterns
 from compressor.planner.kv_choice import BF16, kv_options
 from compressor.planner.plan import Plan
 from compressor.recipe.adapters import AdaptersSection
+from compressor.recipe.budget import WeightBudgetSection
 from compressor.recipe.calibration import CalibrationSection
 from compressor.recipe.context import ContextSection
 from compressor.recipe.drafts import DraftsSection, DraftTrainSection
+from compressor.recipe.evaluate import EvaluateSection
 from compressor.recipe.evaluate_long import LongSection
 from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
 from compressor.recipe.load import LoadedRecipe
-from compressor.recipe.model import EvaluateSection, ModelSection, Recipe, WeightsSection
+from compressor.recipe.model import ModelSection, Recipe, WeightsSection
 from compressor.solvers.base import Solver
 from compressor.spec import TensorHeader
 
 SEQUENCES, SEQUENCE_TOKENS = 8, 64
 SEARCH_TOKENS = 256  # twice that holds a needle and its question, even where tokens are bytes
 EVAL_TOKENS, EVAL_CONTEXT, EVAL_ITEMS = 256, 64, 4
+FEW_CONTINUATIONS = {"prompts": 2, "prompt_tokens": 8, "new_tokens": 4}
+SHORT_RUNS = {"prompt_tokens": 8, "new_tokens": 4, "batch": 1, "runs": 1}
 LONG_TOKENS = 512
 STEPS = 4
 SMALL_VOCABULARY = 128
@@ -54,6 +58,10 @@ def small_recipe(
     return LoadedRecipe(recipe.model_copy(update=changed), plan.loaded.path, places), patterns
 
 
+# Of a weight that is chosen for: room for some matrices in 8 bit.
+_BITS = 9.0
+
+
 def _weights(weights: WeightsSection, unmet: set[tuple[str, str]]) -> WeightsSection:
     """Without the patterns that meet nothing, which a plan would refuse, and with few steps of training."""
     ignore = tuple(
@@ -68,9 +76,12 @@ def _weights(weights: WeightsSection, unmet: set[tuple[str, str]]) -> WeightsSec
         if met:
             solver = None if rule.solver is None else _quick(rule.solver)
             rules.append(rule.model_copy(update={"match": met, "solver": solver}))
+    # Any mix does: bytes that suit the source are none for a small model.
+    budget = weights.budget and WeightBudgetSection(bits_per_target_weight=_BITS)
     polish = weights.polish and weights.polish.model_copy(update={"steps": min(weights.polish.steps, STEPS)})
     return weights.model_copy(
         update={"ignore": ignore, "rules": tuple(rules), "solver": _quick(weights.solver), "polish": polish}
+        | {"budget": budget}
     )
 
 
@@ -200,6 +211,8 @@ def _evaluate(recipe: Recipe, context: ContextSection | None) -> EvaluateSection
         "context": min(section.context, EVAL_CONTEXT),
         "tasks": tasks,
         "long": None if section.long is None else _long(section.long, context),
+        "generation": section.generation and section.generation.model_copy(update=FEW_CONTINUATIONS),
+        "speed": section.speed and section.speed.model_copy(update=SHORT_RUNS),
     }
     return section.model_copy(update=few)
 

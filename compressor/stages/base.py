@@ -13,6 +13,9 @@ from compressor.spec import FLOAT_DTYPES, LinearPart, Role, TensorHeader
 if TYPE_CHECKING:
     import torch
 
+# The rule of tensors that no pattern claims; copies by it were chosen to stay in 16 bit.
+AUTO_RULE = "weights.scheme"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -44,6 +47,11 @@ class Claim:
     def stored(self) -> Scheme | KeptScheme | None:
         """How it is stored, by whoever's doing; None in 16 bit."""
         return self.scheme or self.kept
+
+    @property
+    def is_target(self) -> bool:
+        """Whether the tensor is quantized, or could have been: what ``bits_per_target_weight`` is over."""
+        return self.scheme is not None or self.rule == AUTO_RULE
 
     @property
     def result_bytes(self) -> int:

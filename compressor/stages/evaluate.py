@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.budget.gates import gate_values
+from compressor.budget.gates import gate_samples
 from compressor.checkpoint.base import Source
 from compressor.checkpoint.made_by import allowed_factory
 from compressor.device import available_memory_bytes
 from compressor.errors import CheckpointError, UserError
-from compressor.evals.base import EvalResult, EvalSpec
+from compressor.evals.answers import Answers
+from compressor.evals.base import SHIPPED_TASKS, EvalResult, EvalSpec
 from compressor.model.quiet import quiet
 from compressor.progress import Progress
 from compressor.stages.base import Claim
@@ -45,12 +47,14 @@ def evaluate_stage(
     most_bytes: int | None = None,
     scaled: Source | None = None,
     folder: Path | None = None,
+    *,
+    space: Workspace,
 ) -> dict[str, Any]:
-    """Facts for the report: ``evaluation`` (or None), ``gate_values``, and how the checkpoint was reloaded.
+    """Facts for the report: ``evaluation`` (or None), ``gate_samples``, and how the checkpoint was reloaded.
 
     ``most_bytes``: of memory, where not all that is free may be taken. ``scaled``: the source with its
     positions scaled, to be measured as well (``scaling_cost``). ``folder``: keeps what is measured at long
-    context, until all is.
+    context, until all is. ``space``: keeps the source's answers, and what is fetched from the Hub.
 
     Raises:
         CheckpointError: transformers cannot load the result, or it computes NaN.
@@ -68,14 +72,14 @@ def evaluate_stage(
                 fix="run the same command where there is more, or export unmeasured: --set evaluate=null",
             )
         progress.warn(f"the result is checked by names, shapes and dtypes, but not loaded back: {short}")
-        return {"evaluation": None, "gate_values": {}, "reloaded": None}
+        return {"evaluation": None, "gate_samples": {}, "reloaded": None}
     result = reload(checkpoint, source)
     if spec is None:
-        return {"evaluation": None, "gate_values": {}, "reloaded": result.via}
-    measured = measure(source, checkpoint, result, spec, progress, folder)
+        return {"evaluation": None, "gate_samples": {}, "reloaded": result.via}
+    measured = measure(source, checkpoint, result, spec, progress, folder, space=space)
     facts = {
         "evaluation": measured.to_json(),
-        "gate_values": gate_values(measured),
+        "gate_samples": {name: sample.to_json() for name, sample in gate_samples(measured).items()},
         "reloaded": measured.loaded_via,
     }
     if scaled is None:
@@ -85,11 +89,13 @@ def evaluate_stage(
 
 
 def check_tokens(source: Source, spec: EvalSpec, space: Workspace) -> None:
-    """Tokenizes the texts before the weights are compressed: one too short costs seconds, not hours.
+    """Tokenizes the texts, and fetches tasks' items, before the weights are compressed.
+
+    A text that is too short costs seconds then, not hours.
 
     Raises:
         CheckpointError: the source has no tokenizer that transformers can load.
-        UserError: an unusable text.
+        UserError: an unusable text, or a task whose items cannot be fetched.
     """
     from compressor.evals.text import tokens_from_text
 
@@ -101,6 +107,12 @@ def check_tokens(source: Source, spec: EvalSpec, space: Workspace) -> None:
             raise
         fix = "lower evaluate.tokens, or name another evaluate.text"
         raise UserError(f"{spec.text_label}: {error.what}", where="evaluate.text", fix=fix) from error
+    items = [task for task in spec.tasks if task not in SHIPPED_TASKS]
+    if items:
+        from compressor.evals.tasks import load_task
+
+        for task in items:
+            load_task(task, space.hub)
     if spec.long is None:
         return
     from compressor.evals.long import check_long
@@ -109,6 +121,19 @@ def check_tokens(source: Source, spec: EvalSpec, space: Workspace) -> None:
         check_long(tokenizer, spec.long)
     except UserError as error:
         raise UserError(error.what, where="evaluate.long", fix=error.fix) from error
+
+
+def source_answers(source: Source, folder: Path, computed: str) -> Answers:
+    """What the source answered to the same requests before, computed in the same way; kept in ``folder``.
+
+    ``computed``: dtype and device.
+    """
+    import torch
+    import transformers
+
+    identity = {"source": source.fingerprint, "computed": computed}
+    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    return Answers(folder, identity | versions)
 
 
 @quiet()
@@ -143,10 +168,13 @@ def measure(
     spec: EvalSpec,
     progress: Progress,
     folder: Path | None = None,
+    *,
+    space: Workspace,
 ) -> EvalResult:
     """Everything that ``spec`` asks for, of the reloaded result against its source.
 
-    ``folder``: where what is measured at long context is kept until all is.
+    ``folder``: where what is measured at long context is kept until all is. ``space``: keeps the source's
+    answers, and what is fetched from the Hub.
 
     A result with a ``kv_plan.json`` is also measured with its cache stored so, against a 16-bit one: as
     stored, and as vLLM reads it, where that differs.
@@ -162,7 +190,8 @@ def measure(
         for mode in plan_modes(checkpoint)
     }
     source_model = load_source_model(source, torch.float32)
-    measured = evaluate_pair(source_model, result, tokenizer, spec, progress)
+    kept = partial(source_answers, source, space.answers)
+    measured = evaluate_pair(source_model, result, tokenizer, spec, progress, hub=space.hub, kept=kept)
     if variants:
         # Tasks may have left it in another.
         set_dtype(model, torch.float32)

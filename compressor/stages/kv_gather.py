@@ -186,10 +186,10 @@ def _hear_plainly(
     plain = output(call.key_BHTD, call.value_BHTD)
     scale = float(plain.double().square().sum()) / plain.shape[1]
     for name, codec in wanted.codecs[0].items():
-        moved = output(_stored(codec, call.key_BHTD), call.value_BHTD) - plain
+        moved = output(through(codec, call.key_BHTD), call.value_BHTD) - plain
         _add_error(layer.keys, name, moved, scale)
     for name, codec in wanted.codecs[1].items():
-        moved = output(call.key_BHTD, _stored(codec, call.value_BHTD)) - plain
+        moved = output(call.key_BHTD, through(codec, call.value_BHTD)) - plain
         _add_error(layer.values, name, moved, scale)
 
 
@@ -197,7 +197,8 @@ def _add_error(side: SideStatistics, name: str, moved: torch.Tensor, scale: floa
     side.errors[name] = side.errors.get(name, 0.0) + float(moved.double().square().sum()) / max(scale, 1e-30)
 
 
-def _stored(codec: KvCodec, x: torch.Tensor) -> torch.Tensor:
+def through(codec: KvCodec, x: torch.Tensor) -> torch.Tensor:
+    """Keys or values [..., D] as a codec gives them back."""
     return codec.decode(codec.encode(x), x.shape[-1], x.dtype)
 
 

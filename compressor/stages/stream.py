@@ -25,7 +25,7 @@ from compressor.spec import LinearPart
 from compressor.stages.base import Claim, Shard, Unit
 from compressor.stages.importance import norm_importance
 from compressor.stages.receipts import PartError, read_receipt, write_receipt
-from compressor.stages.walked import WalkedTensors
+from compressor.stages.walked import Finished
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def stream(
     dialect: Dialect,
     folder: Path,
     progress: Progress,
-    walked: WalkedTensors | None = None,
+    walked: Finished | None = None,
     *,
     evict: bool = False,
 ) -> bool:
@@ -125,7 +125,7 @@ def _write_shard(
     dialect: Dialect,
     path: Path,
     progress: Progress,
-    walked: WalkedTensors | None,
+    walked: Finished | None,
 ) -> list[PartError]:
     claims = [claim for unit in shard.units for claim in unit.claims]
     done = [claim for claim in claims if _is_walked(walked, claim)]
@@ -154,13 +154,11 @@ def _write_shard(
     return errors
 
 
-def _is_walked(walked: WalkedTensors | None, claim: Claim) -> bool:
+def _is_walked(walked: Finished | None, claim: Claim) -> bool:
     return walked is not None and claim.scheme is not None and claim.role.parts[0].module in walked
 
 
-def _write_walked(
-    claim: Claim, walked: WalkedTensors, dialect: Dialect, writer: ShardWriter
-) -> list[PartError]:
+def _write_walked(claim: Claim, walked: Finished, dialect: Dialect, writer: ShardWriter) -> list[PartError]:
     assert claim.scheme is not None
     for part in claim.role.parts:
         for local, tensor in dialect.spell(claim.scheme, walked.local(part.module)).items():

@@ -7,7 +7,7 @@ stays in 16 bit is there under its own name where it was changed; what lies in n
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from compressor.checkpoint.safetensors_file import FileHeader, read_header, read_tensor
 from compressor.errors import CheckpointError
@@ -31,6 +31,26 @@ def layer_name(index: int) -> str:
 def smoothing_name(made_by: str) -> str:
     """The scales that were folded into ``made_by``: what a rerun needs, and no part of the result."""
     return f"smoothing:{made_by}"
+
+
+class Finished(Protocol):
+    """Tensors of the result that are made already."""
+
+    def __contains__(self, module: str) -> bool:
+        """Whether a matrix is among them."""
+        ...
+
+    def local(self, module: str) -> dict[str, torch.Tensor]:
+        """Local name -> tensor of a matrix, as its scheme's ``encode`` gave them."""
+        ...
+
+    def changed(self, name: str) -> torch.Tensor | None:
+        """A tensor that stays in 16 bit, where it was changed; else None."""
+        ...
+
+    def error(self, module: str) -> PartError:
+        """The errors of a matrix."""
+        ...
 
 
 class WalkedTensors:
