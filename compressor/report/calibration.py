@@ -22,8 +22,8 @@ class CalibratedMatrix(Record):
     """One weight matrix whose values a solver chose with calibration data.
 
     Both errors are what rounding added to the layer's output on the calibration tokens themselves, beyond the
-    real numbers that were rounded (``rows.ADDED_ERRORS`` says it in full); None where no token reached it, or
-    where the solver does not measure it.
+    real numbers that were rounded (``calibration_rows.ADDED_ERRORS`` says it in full); None where no token
+    reached it, or where the solver does not measure it.
 
     Attributes:
         name: of the matrix.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from compressor.report import rows
+from compressor.report import calibration_rows, rows
 from compressor.report.adapters import (
     ADAPTER_HEADS,
     AdapterFacts,
@@ -21,7 +21,19 @@ from compressor.report.adapters import (
     adapter_notes,
     adapter_rows,
 )
+from compressor.report.budget import BudgetFacts
+from compressor.report.budget_rows import CHOICE_HEADS, MIX_HEADS, budget_caption, choice_rows, mix_rows
 from compressor.report.calibration import CalibrationFacts
+from compressor.report.compounding import (
+    CLAIM_HEADS,
+    COMPOUNDING_HEADS,
+    CompoundingFacts,
+    claim_rows,
+    compounding_caption,
+    compounding_rows,
+    ledger_heads,
+    ledger_rows,
+)
 from compressor.report.context import (
     CONTEXT_COST_HEADS,
     CONTEXT_HEADS,
@@ -44,6 +56,16 @@ from compressor.report.drafts import (
     draft_rows,
     held_out_rows,
 )
+from compressor.report.evaluated import (
+    DOMAIN_HEADS,
+    GENERATION_HEADS,
+    SPEED_HEADS,
+    domain_rows,
+    gate_notes,
+    generation_rows,
+    speed_caption,
+    speed_rows,
+)
 from compressor.report.kv import (
     KV_HEADS,
     KV_QUALITY_HEADS,
@@ -54,8 +76,11 @@ from compressor.report.kv import (
     kv_rows,
 )
 from compressor.report.long import LongFacts, long_caption, long_tables
+from compressor.report.measured import Evaluated
 from compressor.report.model import Report
+from compressor.report.parts import PART_HEADS, part_rows
 from compressor.report.serve import request_command
+from compressor.report.tiles import TILE_HEADS, tiles
 from compressor.report.words import short_name, size, visible
 from compressor.workspace import write_atomic
 
@@ -80,14 +105,17 @@ def render_card(report: Report, recipe_yaml: str) -> str:
     """The model card of a result made with the recipe ``recipe_yaml`` (the resolved one)."""
     sections = [
         f"# {escape(short_name(report.name))}\n\n{escape(rows.headline(report))}.",
+        _glance(report),
         _overview(report),
         _done(report),
+        *([_budget(report.budget)] if report.budget else []),
         *([_context(report.context)] if report.context else []),
         *([_adapters(report.adapters)] if report.adapters else []),
         *([_calibration(report, report.calibration)] if report.calibration else []),
         *([_long(report.long)] if report.long else []),
         *([_kv(report.kv)] if report.kv else []),
         *([_drafts(report.drafts)] if report.drafts else []),
+        *([_compounding(report.compounding)] if report.compounding else []),
         _serving(report),
         _verified(report),
         _evaluation(report),
@@ -127,9 +155,25 @@ def _front_matter(report: Report) -> str:
 
 def _table(heads: Sequence[str], cells: Iterable[Sequence[str]], *, left: int = 1) -> str:
     """A table of escaped cells; the first ``left`` columns are text, the others numbers."""
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * left + ' ---: |' * (len(heads) - left)}"]
+    # A ledger's head is its title, which a stranger's report may choose.
+    lines = [
+        f"| {' | '.join(escape(short_name(head)) for head in heads)} |",
+        f"|{' --- |' * left + ' ---: |' * (len(heads) - left)}",
+    ]
     lines += [f"| {' | '.join(escape(short_name(cell)) for cell in row)} |" for row in cells]
     return "\n".join(lines)
+
+
+def _glance(report: Report) -> str:
+    cells = [(tile.label, tile.value, tile.detail) for tile in tiles(report)]
+    return "\n\n".join(["## At a glance", _table(TILE_HEADS, cells, left=3)])
+
+
+def _budget(facts: BudgetFacts) -> str:
+    parts = ["## Quality against size", _table(CHOICE_HEADS, choice_rows(facts))]
+    if mixes := mix_rows(facts):
+        parts += ["Mixes that were measured:", _table(MIX_HEADS, mixes)]
+    return "\n\n".join([*parts, _caption(budget_caption(facts))])
 
 
 def _overview(report: Report) -> str:
@@ -159,6 +203,8 @@ def _done(report: Report) -> str:
     if schemes:
         heads = ("scheme", "tensors", "weights", "bytes", "relative squared error")
         parts += ["These weights are quantized:", _table(heads, schemes)]
+    if report.result.parts:
+        parts += ["By part of the model:", _table(PART_HEADS, part_rows(report.result.parts), left=2)]
     if report.result.left_16bit:
         parts += [
             "These stay in 16 bit:",
@@ -173,15 +219,15 @@ def _done(report: Report) -> str:
 
 def _calibration(report: Report, facts: CalibrationFacts) -> str:
     parts = ["## Calibration"]
-    solvers, worst = rows.solver_rows(facts), rows.worst_output_rows(facts)
+    solvers, worst = calibration_rows.solver_rows(facts), calibration_rows.worst_output_rows(facts)
     if solvers:
-        parts.append(_table(rows.SOLVER_HEADS, solvers, left=2))
+        parts.append(_table(calibration_rows.SOLVER_HEADS, solvers, left=2))
     if worst:
-        parts.append(_table(rows.WORST_OUTPUT_HEADS, worst, left=2))
-    notes = rows.calibration_notes(facts)
+        parts.append(_table(calibration_rows.WORST_OUTPUT_HEADS, worst, left=2))
+    notes = calibration_rows.calibration_notes(facts)
     if notes:
         parts.append("\n".join(f"- {escape(note)}" for note in notes))
-    return "\n\n".join([*parts, _caption(rows.calibration_caption(report))])
+    return "\n\n".join([*parts, _caption(calibration_rows.calibration_caption(report))])
 
 
 def _context(facts: ContextFacts) -> str:
@@ -231,6 +277,15 @@ def _drafts(facts: DraftFacts) -> str:
     return "\n\n".join(parts)
 
 
+def _compounding(facts: CompoundingFacts) -> str:
+    parts = ["## Worth", _table(COMPOUNDING_HEADS, compounding_rows(facts))]
+    parts += [_table(ledger_heads(ledger), ledger_rows(ledger)) for ledger in facts.ledgers if ledger.steps]
+    if claims := claim_rows(facts):
+        parts.append(_table(CLAIM_HEADS, claims))
+    parts.append(_caption(compounding_caption(facts)))
+    return "\n\n".join([*parts, "\n".join(f"- {escape(note)}" for note in facts.notes)])
+
+
 def _serving(report: Report) -> str:
     parts = [
         "## How to serve",
@@ -269,14 +324,29 @@ def _evaluation(report: Report) -> str:
         parts.append(_table(("", "source", "result", "change", "recovery"), cells))
     parts.append(_caption(rows.quality_caption(report)))
     if quality is not None:
+        parts += _evaluated(quality)
         parts += ["Measured with:", fenced(quality.command, "bash")]
     if report.gates:
         cells_gates = [rows.gate_row(gate) for gate in report.gates]
         parts += [
             "Gates of the recipe:",
-            _table(("metric", "increase", "allowed", "verdict"), cells_gates),
+            _table(("gate", "measured", "allowed", "verdict"), cells_gates),
         ]
+        if notes := gate_notes(report.gates):
+            parts.append("\n".join(f"- {escape(note)}" for note in notes))
     return "\n\n".join(parts)
+
+
+def _evaluated(found: Evaluated) -> list[str]:
+    """By domain, continuations and speed, where measured."""
+    parts = []
+    if domains := domain_rows(found.domains):
+        parts.append(_table(DOMAIN_HEADS, domains))
+    if generation := generation_rows(found.generation):
+        parts.append(_table(GENERATION_HEADS, generation))
+    if found.speed is not None:
+        parts += [_table(SPEED_HEADS, speed_rows(found.speed)), _caption(speed_caption(found.speed))]
+    return parts
 
 
 def _limits(report: Report) -> str:

@@ -14,6 +14,8 @@ from compressor.stages.drafts_spec import DRAFT_FOLDER
 DRAFT_HEADS = ("steps", "loss", "tokens a pass")
 HELD_OUT_HEADS = ("held-out texts", "tokens a pass before", "tokens a pass", "accepted by place")
 _ROWS = 8
+# The drafter that the draft is compared with (``stages.decode``).
+_CONTROL = "repeat"
 _METHODS: dict[Kind, str] = {"native": "mtp", "eagle3": "eagle3", "draft_model": "draft_model"}
 _WHOSE: dict[Kind, str] = {
     "native": "The source's own prediction layer",
@@ -99,7 +101,10 @@ class DecodedDivergence(Record):
 
 
 class DecodedDraft(Record):
-    """One drafter on prompts of one domain; see ``evals.decode_record.DraftFigures``."""
+    """One drafter on prompts of one domain; see ``evals.decode_record.DraftFigures``.
+
+    ``prompts`` is empty in reports from before it was kept.
+    """
 
     name: str
     length: Measure
@@ -112,6 +117,7 @@ class DecodedDraft(Record):
     speedup: Measure
     tokens: Count
     passes: Count
+    prompts: tuple[tuple[Count, Count], ...] = ()
 
 
 class DecodedDomain(Record):
@@ -165,6 +171,29 @@ def speculative_config(facts: DraftFacts, model: str) -> str:
     if facts.kind != "native":
         told["model"] = f"{model.rstrip('/')}/{DRAFT_FOLDER}"
     return json.dumps(told | {"num_speculative_tokens": facts.tokens})
+
+
+def measured_passes(facts: DraftFacts) -> float | None:
+    """Tokens a pass: of decoding at the smallest batch, else as held-out texts foretell; None unmeasured."""
+    found = proposed(facts)
+    proposals = sum(draft.drafts for _, draft in found)
+    if proposals:
+        return 1 + sum(sum(draft.accepted_at) for _, draft in found) / proposals
+    return None if facts.training is None else facts.training.after.length
+
+
+def proposed(facts: DraftFacts) -> list[tuple[str, DecodedDraft]]:
+    """(domain, decoding with the draft itself) at the smallest batch; empty where that was not measured."""
+    if facts.decoding is None:
+        return []
+    batch = min((domain.batch for domain in facts.decoding.domains), default=0)
+    return [
+        (domain.domain, draft)
+        for domain in facts.decoding.domains
+        if domain.batch == batch
+        for draft in domain.drafts
+        if draft.name != _CONTROL
+    ]
 
 
 def draft_caption(facts: DraftFacts) -> str:

@@ -48,6 +48,14 @@ class KvQuality(Record):
     tokens: Count
 
 
+class StoredKvLayer(Record):
+    """One full-attention layer: its index, its format, and the bits of an element of keys and values."""
+
+    layer: Count
+    format: str
+    bits: Measure
+
+
 class KvFacts(Record):
     """How the KV cache is stored.
 
@@ -64,6 +72,7 @@ class KvFacts(Record):
         notes: what is folded into the weights, and what is not and why.
         changed_16bit: tensors that stay in 16 bit and that a fold changed.
         quality: measured, or empty.
+        layers: how each is stored.
     """
 
     format: str
@@ -78,6 +87,7 @@ class KvFacts(Record):
     notes: tuple[str, ...] = ()
     changed_16bit: tuple[str, ...] = ()
     quality: tuple[KvQuality, ...] = ()
+    layers: tuple[StoredKvLayer, ...] = ()
 
 
 def kv_caption(facts: KvFacts) -> str:

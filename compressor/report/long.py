@@ -81,7 +81,10 @@ class LongText(Record):
 
 
 class FoundCell(Record):
-    """Numbers of one kind at one depth of texts of one length: how many texts, how many answers found."""
+    """Numbers of one kind at one depth of texts of one length: how many texts, how many answers found.
+
+    ``right``: of each text, whether it was; empty in reports from before it was kept.
+    """
 
     kind: Literal["passkey", "needle"]
     tokens: _Tokens
@@ -89,6 +92,7 @@ class FoundCell(Record):
     trials: Annotated[int, Field(ge=1)]
     found: Count
     logprob: Measure
+    right: tuple[bool, ...] = ()
 
 
 class RulerScore(Record):

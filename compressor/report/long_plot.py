@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from io import StringIO
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from compressor.report.drawing import BLUE, GREY, ORANGE, dress, page_figure, svg_element
 from compressor.report.long import LongFacts, cells_at, kilo, places
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-_WIDTH = 4.7  # inches
 _NAMES = {
-    "source": ("source", "#9ca3af", "-"),
-    "sliding": ("source, sliding window", "#d97706", "--"),
-    "result": ("result", "#2563eb", "-"),
+    "source": ("source", GREY, "-"),
+    "sliding": ("source, sliding window", ORANGE, "--"),
+    "result": ("result", BLUE, "-"),
 }
 # Nats above the result that a source which falls apart is still drawn at.
 _ABOVE = 1.0
-# From none found to all.
-_COLOURS = ("#b91c1c", "#f59e0b", "#fde68a", "#86efac", "#15803d")
+# From none found to all; none is a colour of the page's, since what is written on a tile keeps its own.
+_COLOURS = ("#b81c1c", "#f59e0b", "#fde68a", "#86efac", "#14803d")
 _DARK = (0.2, 0.9)  # shares beyond which the text on a colour is white
 
 
@@ -46,23 +44,21 @@ def nll_svg(facts: LongFacts) -> str:
     axes.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
     axes.set_xlim(0, text.tokens)
     if text.window is not None:
-        axes.axvline(text.window, color="#6b7280", lw=0.8, ls=":")
+        axes.axvline(text.window, color=GREY, lw=0.8, ls=":")
         axes.annotate(
             f" trained: {kilo(text.window)}",
             (text.window, 1),
             xycoords=("data", "axes fraction"),
             xytext=(0, -10),
             textcoords="offset points",
-            color="#4b5563",
+            color=GREY,
             fontsize=8,
         )
     step = max(1, text.tokens // 4)
     axes.set_xticks(ticks := list(range(0, text.tokens + 1, step)), [kilo(tick) for tick in ticks])
-    axes.set_xlabel("tokens before")
-    axes.set_ylabel("nats a token")
-    axes.grid(color="#e5e7eb")
+    dress(axes, "tokens before", "nats a token")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=3, frameon=False, fontsize=8)
-    return svg_element(figure, "long-nll")
+    return svg_element(figure, "long-nll", "Mean negative log-likelihood by tokens before, of each model")
 
 
 def found_svg(facts: LongFacts, kind: str) -> str:
@@ -84,9 +80,9 @@ def found_svg(facts: LongFacts, kind: str) -> str:
         axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
         axes.tick_params(length=0, labelsize=8)
         axes.set_title(f"{kind}, {name}", fontsize=9)
-        axes.set_xlabel("tokens")
-    panels[0].set_ylabel("depth")
-    return svg_element(figure, f"long-{kind}")
+        axes.set_xlabel("tokens", fontsize=9)
+    panels[0].set_ylabel("depth", fontsize=9)
+    return svg_element(figure, f"long-{kind}", f"Share of every hidden {kind} found, by length and depth")
 
 
 def _tile(axes: Axes, column: int, row: int, found: int, trials: int, columns: int) -> None:
@@ -104,23 +100,3 @@ def _tile(axes: Axes, column: int, row: int, found: int, trials: int, columns: i
     axes.text(
         column, row, written, ha="center", va="center", fontsize=8, color="white" if white else "#111827"
     )
-
-
-def page_figure(height: float, *, panels: int = 1) -> Any:
-    """A figure of the page's width, and its axes where it has one."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    return (figure, figure.add_subplot()) if panels else (figure,)
-
-
-def svg_element(figure: Figure, salt: str) -> str:
-    """The text of one ``<svg>`` element, the same for the same drawing."""
-    from matplotlib import rc_context
-
-    drawn = StringIO()
-    # Names within the element must not be those of another on the page.
-    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none", "svg.id": salt}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-    text = drawn.getvalue()
-    return text[text.index("<svg") :].strip()

@@ -49,7 +49,10 @@ class SourceIdentity(_Record):
 
 
 class Manifest(_Record):
-    """The layout of ``manifest.json``; ``files``: every file but the manifest, by relative POSIX path."""
+    """The layout of ``manifest.json``; ``files``: every file but the manifest, by relative POSIX path.
+
+    ``refused``: what the gates have against the result, which is not to be published then.
+    """
 
     schema_version: Literal[1] = 1
     key: str
@@ -58,6 +61,7 @@ class Manifest(_Record):
     versions: dict[str, str]
     content_sha256: Sha256
     files: dict[str, FileFacts]
+    refused: tuple[str, ...] = ()
 
 
 def write_manifest(
@@ -67,6 +71,7 @@ def write_manifest(
     source: Source,
     versions: Mapping[str, str],
     seed: int,
+    refused: tuple[str, ...] = (),
     progress: Progress | None = None,
 ) -> Manifest:
     """Hashes every file under ``folder`` and writes ``manifest.json`` there; call it last.
@@ -90,6 +95,7 @@ def write_manifest(
         versions=dict(versions),
         content_sha256=content_sha256({name: facts.sha256 for name, facts in files.items()}),
         files=files,
+        refused=refused,
     )
     write_json(folder / MANIFEST_FILE, manifest.model_dump())
     return manifest

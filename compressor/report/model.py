@@ -16,11 +16,15 @@ from pydantic import Field, ValidationError
 from compressor.dialects.base import DialectName
 from compressor.errors import CheckpointError
 from compressor.report.adapters import AdapterFacts
+from compressor.report.budget import BudgetFacts
 from compressor.report.calibration import CalibrationFacts
+from compressor.report.compounding import CompoundingFacts
 from compressor.report.context import ContextFacts
 from compressor.report.drafts import DraftFacts
 from compressor.report.kv import KvFacts
 from compressor.report.long import LongFacts
+from compressor.report.measured import Evaluated, Gate
+from compressor.report.parts import LayerMatrix, PartBytes
 from compressor.report.record import Count, Measure, Ordered, Record
 from compressor.report.verification import Verification
 
@@ -91,6 +95,7 @@ class ResultFacts(Record):
         target_parameters: weights of those tensors.
         schemes: scheme label -> what is stored so.
         left_16bit: what is not, by reason.
+        parts: all of it, by what it is for.
     """
 
     format: DialectName = "compressed-tensors"
@@ -100,6 +105,7 @@ class ResultFacts(Record):
     target_parameters: Count
     schemes: Ordered[SchemeBytes]
     left_16bit: tuple[Kept, ...]
+    parts: tuple[PartBytes, ...] = ()
 
 
 class TensorError(Record):
@@ -122,9 +128,15 @@ class SchemeError(Record):
 
 
 class WeightFacts(Record):
-    """What quantization did to the weights; ``relative_error``: scheme label -> errors."""
+    """What quantization did to the weights.
+
+    Attributes:
+        relative_error: scheme label -> errors.
+        layers: how every matrix of every layer is stored, and its errors.
+    """
 
     relative_error: Ordered[SchemeError]
+    layers: tuple[LayerMatrix, ...] = ()
 
 
 class Perplexity(Record):
@@ -150,27 +162,7 @@ class Divergence(Record):
     p999: Measure
 
 
-class TaskMetric(Record):
-    """One metric of one lm-eval task.
-
-    Attributes:
-        source: of the source model.
-        result: of the compressed model.
-        difference: result - source.
-        stderr: standard error of ``difference`` over the same items.
-        n: items.
-        higher_is_better: as the task declares it.
-    """
-
-    source: Measure
-    result: Measure
-    difference: Measure
-    stderr: Measure
-    n: Count
-    higher_is_better: bool
-
-
-class Quality(Record):
+class Quality(Evaluated):
     """What was lost, measured on held-out text and tasks.
 
     Attributes:
@@ -180,7 +172,6 @@ class Quality(Record):
         tokens: tokens of the text that both models read.
         context: tokens of one window.
         text: label of the text.
-        tasks: lm-eval task -> metric -> figures; empty if none ran.
         command: the exact command that measures the same again.
         text_dtype: what the models computed in on the text.
         task_dtype: the same on the tasks.
@@ -196,21 +187,11 @@ class Quality(Record):
     tokens: Count
     context: Count
     text: str
-    tasks: Ordered[dict[str, TaskMetric]]
     command: str
     text_dtype: str
     task_dtype: str
     loaded_via: Literal["transformers", "decoded", "factory"]
     activations_simulated: bool | None
-
-
-class Gate(Record):
-    """A limit of the recipe: ``value`` of ``metric`` may be ``max_increase`` at most."""
-
-    metric: str
-    max_increase: Measure
-    value: Measure
-    passed: bool
 
 
 class StageCost(Record):
@@ -271,6 +252,8 @@ class Report(Record):
         long: what was measured at long context, or None.
         adapters: what was trained on long documents, or None.
         drafts: what proposes tokens for the result, or None.
+        compounding: what it is worth to who serves it, or None where that cannot be computed.
+        budget: how schemes were chosen under a budget, or None where rules say them.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -293,6 +276,8 @@ class Report(Record):
     long: LongFacts | None = None
     adapters: AdapterFacts | None = None
     drafts: DraftFacts | None = None
+    compounding: CompoundingFacts | None = None
+    budget: BudgetFacts | None = None
 
     def to_json(self) -> str:
         """Indented JSON; infinities and NaN as the words ``Infinity``, ``-Infinity`` and ``NaN``."""

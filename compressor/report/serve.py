@@ -107,8 +107,7 @@ def serve_facts(
     notes = [note for label in labels for note in scheme_notes(label)]
     if factory:
         notes.append(_OWN_MODULES.format(factory=factory))
-    if model_type in _ROUTED_ON_INPUT:
-        notes += [_OTHER_MODEL.format(label=label) for label in labels if label.startswith("NVFP4")]
+    notes += [note for label in labels for note in family_notes(label, model_type)]
     flags = "" if max_length is None else f" --max-model-len {max_length}"
     if kv is not None:
         flags += f" {kv.flags}" if kv.flags else ""
@@ -132,6 +131,13 @@ def scheme_notes(label: str) -> tuple[str, ...]:
         if key.startswith(prefix):
             return tuple(note.format(label=label) for note in notes)
     return (_UNKNOWN.format(label=label),)
+
+
+def family_notes(label: str, model_type: str) -> tuple[str, ...]:
+    """What was found of the scheme ``label`` in one architecture."""
+    if model_type in _ROUTED_ON_INPUT and label.startswith("NVFP4"):
+        return (_OTHER_MODEL.format(label=label),)
+    return ()
 
 
 def request_command(model: str) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from compressor.report import rows
+from compressor.report import calibration_rows, rows
 from compressor.report.adapters import (
     ADAPTER_HEADS,
     AdapterFacts,
@@ -20,7 +20,19 @@ from compressor.report.adapters import (
     adapter_notes,
     adapter_rows,
 )
+from compressor.report.budget import BudgetFacts
+from compressor.report.budget_rows import CHOICE_HEADS, MIX_HEADS, budget_caption, choice_rows, mix_rows
 from compressor.report.calibration import CalibrationFacts
+from compressor.report.compounding import (
+    CLAIM_HEADS,
+    COMPOUNDING_HEADS,
+    CompoundingFacts,
+    claim_rows,
+    compounding_caption,
+    compounding_rows,
+    ledger_heads,
+    ledger_rows,
+)
 from compressor.report.context import (
     CONTEXT_COST_HEADS,
     CONTEXT_HEADS,
@@ -43,6 +55,16 @@ from compressor.report.drafts import (
     draft_rows,
     held_out_rows,
 )
+from compressor.report.evaluated import (
+    DOMAIN_HEADS,
+    GENERATION_HEADS,
+    SPEED_HEADS,
+    domain_rows,
+    gate_notes,
+    generation_rows,
+    speed_caption,
+    speed_rows,
+)
 from compressor.report.experts import EXPERT_HEADS, expert_rows
 from compressor.report.kv import (
     KV_HEADS,
@@ -54,7 +76,9 @@ from compressor.report.kv import (
     kv_rows,
 )
 from compressor.report.long import LongFacts, long_caption, long_facts, long_tables
+from compressor.report.measured import Evaluated, Gate
 from compressor.report.model import Report
+from compressor.report.side_by_side import LAYER_HEADS, SideBySide
 from compressor.report.verification import Verification
 from compressor.report.words import size, visible
 
@@ -94,9 +118,15 @@ def print_report(report: Report, console: Console | None = None) -> None:
         measured = rows.quality_rows(report.quality)
         cells = [(row.measure, row.source, row.result, row.change) for row in measured]
         show.table(("", "source", "result", "change"), cells)
-    show.table(("gate", "increase", "allowed", ""), [rows.gate_row(gate) for gate in report.gates])
+    show.table(("gate", "measured", "allowed", "verdict"), [rows.gate_row(gate) for gate in report.gates])
+    for note in gate_notes(report.gates):
+        show.line(note)
     show.line(rows.quality_caption(report), style="dim")
+    if report.quality is not None:
+        _show_evaluated(show, report.quality)
 
+    if report.budget is not None:
+        _show_budget(show, report.budget)
     if report.context is not None:
         _show_context(show, report.context)
     if report.adapters is not None:
@@ -104,7 +134,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
     if report.calibration is not None:
         _show_calibration(show, report.calibration)
-        show.line(rows.calibration_caption(report), style="dim")
+        show.line(calibration_rows.calibration_caption(report), style="dim")
 
     if report.long is not None:
         _show_long(show, report.long)
@@ -114,6 +144,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
     if report.drafts is not None:
         _show_drafts(show, report.drafts)
+
+    if report.compounding is not None:
+        _show_compounding(show, report.compounding)
 
     show.title("Cost")
     show.table(("stage", "time", "memory", "device", "resumed"), rows.stage_rows(report))
@@ -132,6 +165,17 @@ def print_report(report: Report, console: Console | None = None) -> None:
         _show_verification(show, report.verification)
 
 
+def print_side_by_side(compared: SideBySide, console: Console) -> None:
+    """Prints runs side by side: warnings first, measures, and where layers differ most."""
+    show = _Printer(console)
+    for warning in compared.warnings:
+        show.line(f"warning: {warning}", style="yellow")
+    show.table(("", *compared.names), [(row.title, *row.texts) for row in compared.rows])
+    if compared.layers:
+        show.title("Layers whose errors differ most")
+        show.table((*LAYER_HEADS, *compared.names), compared.layers)
+
+
 def print_verification(found: Verification, console: Console) -> None:
     """Prints what a verification found, check by check; the last line is the verdict."""
     _show_verification(_Printer(console), found)
@@ -140,6 +184,20 @@ def print_verification(found: Verification, console: Console) -> None:
 def print_long(measured: Mapping[str, Any], console: Console) -> None:
     """Prints what ``LongResult.to_json`` holds."""
     _show_long(_Printer(console), long_facts(measured))
+
+
+def print_evaluated(measured: Mapping[str, Any], gates: Sequence[Gate], console: Console) -> None:
+    """Prints what ``EvalResult.to_json`` holds of tasks, domains, continuations and speed, and gates."""
+    show = _Printer(console)
+    quality = Evaluated.of(measured)
+    show.table(
+        ("task", "source", "result", "change"),
+        [(row.measure, row.source, row.result, row.change) for row in rows.task_rows(quality.tasks)],
+    )
+    _show_evaluated(show, quality)
+    show.table(("gate", "measured", "allowed", "verdict"), [rows.gate_row(gate) for gate in gates])
+    for note in gate_notes(gates):
+        show.line(note)
 
 
 def print_decoding(measured: Mapping[str, Any], console: Console) -> None:
@@ -151,16 +209,31 @@ def print_decoding(measured: Mapping[str, Any], console: Console) -> None:
         show.line(note)
 
 
+def _show_evaluated(show: _Printer, found: Evaluated) -> None:
+    show.table(DOMAIN_HEADS, domain_rows(found.domains))
+    show.table(GENERATION_HEADS, generation_rows(found.generation))
+    if found.speed is not None:
+        show.table(SPEED_HEADS, speed_rows(found.speed))
+        show.line(speed_caption(found.speed), style="dim")
+
+
 def _show_calibration(show: _Printer, facts: CalibrationFacts) -> None:
     show.title("Calibration")
-    show.table(rows.SOLVER_HEADS, rows.solver_rows(facts), left=2)
+    show.table(calibration_rows.SOLVER_HEADS, calibration_rows.solver_rows(facts), left=2)
     # Where both do not fit on a line, names matter more than schemes.
     first = 1 if show.is_narrow else 0
-    worst = [row[first:] for row in rows.worst_output_rows(facts)]
-    show.table(rows.WORST_OUTPUT_HEADS[first:], worst, left=2 - first)
+    worst = [row[first:] for row in calibration_rows.worst_output_rows(facts)]
+    show.table(calibration_rows.WORST_OUTPUT_HEADS[first:], worst, left=2 - first)
     show.table(EXPERT_HEADS, expert_rows(facts))
-    for note in rows.calibration_notes(facts):
+    for note in calibration_rows.calibration_notes(facts):
         show.line(note)
+
+
+def _show_budget(show: _Printer, facts: BudgetFacts) -> None:
+    show.title("Quality against size")
+    show.table(CHOICE_HEADS, choice_rows(facts))
+    show.table(MIX_HEADS, mix_rows(facts))
+    show.line(budget_caption(facts), style="dim")
 
 
 def _show_context(show: _Printer, facts: ContextFacts) -> None:
@@ -211,6 +284,18 @@ def _show_drafts(show: _Printer, facts: DraftFacts) -> None:
     show.line(draft_caption(facts), style="dim")
     for note in draft_notes(facts):
         show.line(note)
+
+
+def _show_compounding(show: _Printer, facts: CompoundingFacts) -> None:
+    show.title("Worth")
+    show.table(COMPOUNDING_HEADS, compounding_rows(facts))
+    for ledger in facts.ledgers:
+        if ledger.steps:
+            show.table(ledger_heads(ledger), ledger_rows(ledger))
+    show.table(CLAIM_HEADS, claim_rows(facts))
+    show.line(compounding_caption(facts), style="dim")
+    for note in facts.notes:
+        show.line(note, style="dim")
 
 
 def _show_verification(show: _Printer, found: Verification) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from compressor.report.calibration import CalibratedMatrix, CalibrationFacts, CalibrationText
+from compressor.report.measured import Gate, TaskMetric
 from compressor.report.model import (
     Device,
     Divergence,
-    Gate,
     Kept,
     Perplexity,
     Quality,
@@ -17,7 +17,6 @@ from compressor.report.model import (
     Serve,
     SourceFacts,
     StageCost,
-    TaskMetric,
     TensorError,
     WeightFacts,
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.report import rows
+from compressor.report import calibration_rows
 from compressor.report.calibration import CalibrationFacts
 from compressor.report.card import render_card
 from compressor.report.html import render_html
@@ -40,7 +40,7 @@ def changed(**matrix: object) -> CalibrationFacts:
 
 def test_caption_says_what_was_shown_and_what_was_not_held_out() -> None:
     """Tokens, sequences, texts, seed, dtype; the source's note; that the errors are of the fitted tokens."""
-    caption = rows.calibration_caption(sample_report())
+    caption = calibration_rows.calibration_caption(sample_report())
     assert caption.startswith(
         "131,072 tokens: 128 sequences of 1,024 from prose (98,304), code (32,768); seed 7; "
         "forward passes in float32."
@@ -51,7 +51,7 @@ def test_caption_says_what_was_shown_and_what_was_not_held_out() -> None:
 
 def test_solver_rows_by_hand() -> None:
     """Arithmetic means of what tokens reached, which the count tells; what is kept at rtn is not gptq's."""
-    gptq, rtn, total = rows.solver_rows(sample_calibration())
+    gptq, rtn, total = calibration_rows.solver_rows(sample_calibration())
     before, after = 0.0080 + 0.0060 + 0.0030 + 0.0011 + 0.0019, 0.0040 + 0.0030 + 0.0020 + 0.0010 + 0.0005
     assert gptq == ("NVFP4A16", "gptq", "5", number(before / 5, 5), number(after / 5, 5), "-47.5%")
     assert rtn == ("NVFP4A16", "rtn", "1 of 2", "0.00900", "0.00900", "-")
@@ -75,12 +75,12 @@ def test_changes_are_signed_and_never_divide_by_zero(
 ) -> None:
     """A worse mean has a plus; no change and no base have a dash; there is no total of a single row."""
     facts = changed(output_error=errors[0], rtn_output_error=errors[1])
-    assert rows.solver_rows(facts) == [("NVFP4A16", "gptq", "1", *said)]
+    assert calibration_rows.solver_rows(facts) == [("NVFP4A16", "gptq", "1", *said)]
 
 
 def test_worst_outputs_are_ranked_by_what_is_stored() -> None:
     """Five, largest first; what nothing reached has no error; not-a-number is worse than any number."""
-    names = [row[1] for row in rows.worst_output_rows(sample_calibration())]
+    names = [row[1] for row in calibration_rows.worst_output_rows(sample_calibration())]
     assert [name.removeprefix("model.layers.") for name in names] == [
         "1.mlp.down_proj",
         "0.self_attn.q_proj",
@@ -90,13 +90,15 @@ def test_worst_outputs_are_ranked_by_what_is_stored() -> None:
     ]
     facts = sample_calibration()
     broken = facts.matrices[3].model_copy(update={"output_error": float("nan")})
-    first = rows.worst_output_rows(facts.model_copy(update={"matrices": (*facts.matrices, broken)}))[0]
+    first = calibration_rows.worst_output_rows(
+        facts.model_copy(update={"matrices": (*facts.matrices, broken)})
+    )[0]
     assert first == ("NVFP4A16", "model.layers.1.mlp.gate_proj", "0.00110", "not a number")
 
 
 def test_notes_say_where_calibration_did_nothing() -> None:
     """One matrix kept at rtn by choice, one expert with few tokens, one with none."""
-    assert rows.calibration_notes(sample_calibration()) == [
+    assert calibration_rows.calibration_notes(sample_calibration()) == [
         "Matrices that keep the values of round to nearest (rtn), since the solver's were no better on these "
         "tokens: 1 of 7: model.layers.1.mlp.down_proj.",
         "Expert matrices that only a part of the tokens reached: 1; the fewest tokens: 413 "
@@ -104,7 +106,7 @@ def test_notes_say_where_calibration_did_nothing() -> None:
         "Expert matrices that no token reached, whose values are not calibrated: "
         "1: model.layers.2.mlp.experts.1.up_proj.",
     ]
-    assert rows.calibration_notes(changed(tokens=131_072)) == []
+    assert calibration_rows.calibration_notes(changed(tokens=131_072)) == []
 
 
 def test_notes_name_some_of_many() -> None:
@@ -112,7 +114,7 @@ def test_notes_name_some_of_many() -> None:
     facts = sample_calibration()
     kept = facts.matrices[4]
     many = tuple(kept.model_copy(update={"name": f"m{index}"}) for index in range(1_203))
-    note = rows.calibration_notes(facts.model_copy(update={"matrices": many}))[0]
+    note = calibration_rows.calibration_notes(facts.model_copy(update={"matrices": many}))[0]
     assert note.endswith(": 1,203 of 1,203: m0, m1, m2 and 1,200 more.")
 
 
@@ -148,7 +150,7 @@ def test_a_run_without_calibration_shows_nothing() -> None:
     assert Report.from_json(without) == report
     for view in (render_html(report), render_card(report, RECIPE), printed(report, 80)):
         assert "Calibration" not in view
-    assert rows.calibration_caption(report) == ""
+    assert calibration_rows.calibration_caption(report) == ""
 
 
 def test_nothing_solved_with_data_is_no_table() -> None:

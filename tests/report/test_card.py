@@ -15,6 +15,7 @@ from markdown_it.token import Token
 
 from compressor.report.card import escape, fenced, render_card, write_card
 from compressor.report.words import visible
+from tests.report.full import full_report, hostile_full_report
 from tests.report.sample import ATTACK, RECIPE, hostile_report, sample_report
 
 
@@ -76,6 +77,7 @@ def test_sections_and_figures() -> None:
     _, body = split(render_card(sample_report(), RECIPE))
     heads = [line for line in body.splitlines() if line.startswith("## ")]
     assert heads == [
+        "## At a glance",
         "## Overview",
         "## What was done",
         "## Calibration",
@@ -86,6 +88,7 @@ def test_sections_and_figures() -> None:
         "## How it was made",
     ]
     for line in (
+        "| Weights, times smaller | 2.31x | 269.0 MB → 116.4 MB |",
         "|  | source | result | change | recovery |",
         "| perplexity | 22.316 | 26.806 | +20.1% (95%: +18.1% to +22.1%) | - |",
         "| piqa acc (n=1,838) | 0.6801 | 0.6605 | -0.0196 (standard error 0.0081) | 97.1% |",
@@ -124,7 +127,7 @@ def test_hostile_names_make_no_markup() -> None:
     assert not {"html_block", "html_inline", "link_open", "image", "code_block", "hr"} & {
         t.type for t in found
     }
-    assert sum(token.type == "heading_open" for token in found) == 9
+    assert sum(token.type == "heading_open" for token in found) == 10
     blocks = [token.content for token in found if token.type == "fence"]
     assert len(blocks) == 4
     assert blocks[0] == "\n".join(visible(line) for line in ATTACK.split("\n")) + "\n"
@@ -137,9 +140,9 @@ def test_hostile_names_keep_tables_whole() -> None:
     honest = split(render_card(sample_report(), RECIPE))[1]
     hostile = split(render_card(hostile_report(), RECIPE))[1]
     count = [sum(t.type == "table_open" for t in tokens(body)) for body in (honest, hostile)]
-    assert count[0] == count[1] == 13
+    assert count[0] == count[1] == 14
     widths = [line.count(" ---") for line in hostile.splitlines() if line.startswith("| ---")]
-    assert widths == [2, 3, 5, 3, 3, 6, 4, 3, 2, 5, 4, 5, 2]
+    assert widths == [3, 2, 3, 5, 3, 3, 6, 4, 3, 2, 5, 4, 5, 2]
 
 
 @given(st.text(min_size=1))
@@ -169,3 +172,17 @@ def test_written_card_quotes_the_folders_recipe(tmp_path: Path) -> None:
     write_card(tmp_path, sample_report())
     assert (tmp_path / "README.md").read_text() == render_card(sample_report(), RECIPE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "recipe.yaml"]
+
+
+def test_hostile_names_in_every_section() -> None:
+    """A card with all sections has as many headings, tables, columns and blocks, and no markup of theirs."""
+    honest, hostile = (
+        tokens(split(render_card(report, RECIPE))[1]) for report in (full_report(), hostile_full_report())
+    )
+    # Not their rows: what solvers and schemes are called decides which matrices share one.
+    for kind in ("heading_open", "table_open", "th_open", "fence"):
+        counts = [sum(token.type == kind for token in found) for found in (honest, hostile)]
+        assert counts[0] == counts[1] > 0, kind
+    assert not {"html_block", "html_inline", "link_open", "image", "code_block", "hr"} & {
+        t.type for t in hostile
+    }

@@ -10,7 +10,6 @@ import pytest
 
 from compressor.drafts.spec import Kind
 from compressor.report.card import render_card
-from compressor.report.draft_plot import training_svg
 from compressor.report.drafts import (
     DecodedDivergence,
     DecodedDomain,
@@ -29,6 +28,7 @@ from compressor.report.html import render_html
 from compressor.report.model import Report
 from compressor.report.serve import serve_facts
 from compressor.report.terminal import print_report, report_console
+from compressor.report.training_plot import draft_svg
 
 from .sample import RECIPE, sample_report
 
@@ -143,7 +143,7 @@ def test_a_layer_as_the_source_has_it() -> None:
     )
     facts = FACTS.model_copy(update={"kind": "native", "bytes": 0, "training": how, "decoding": None})
     assert held_out_rows(facts) == [("all", "-", "1.90", "60.0% / 30.0%")]
-    assert (draft_rows(facts), decoded_rows(facts), training_svg(facts)) == ([], [], "")
+    assert (draft_rows(facts), decoded_rows(facts), draft_svg(facts)) == ([], [], "")
     assert draft_caption(facts).endswith("9.8M numbers, as the source has them")
     assert not any("kept" in note for note in draft_notes(facts))
 

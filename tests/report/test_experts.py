@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from compressor.report import rows
+from compressor.report import calibration_rows
 from compressor.report.calibration import CalibrationFacts, ExpertCoverage
 from compressor.report.card import render_card
 from compressor.report.experts import EXPERT_HEADS, expert_notes, expert_rows
@@ -87,4 +87,4 @@ def test_every_view_has_the_table() -> None:
         assert "0 / 1,206 / 90,000" in view
         assert "never reached" in view
     assert "Starved experts" in render_card(report, RECIPE)
-    assert rows.calibration_notes(_facts())[-2:] == list(expert_notes(_facts()))
+    assert calibration_rows.calibration_notes(_facts())[-2:] == list(expert_notes(_facts()))

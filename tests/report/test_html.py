@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from compressor.report.html import LINKS, render_html, write_html
-from compressor.report.model import Report
+from compressor.report.html import LINKS, TITLES, render_html, write_html
+from compressor.report.model import Report, WeightFacts
 from compressor.report.words import visible
+from tests.report.full import full_report, hostile_full_report
 from tests.report.sample import ATTACK, hostile_report, sample_report
 
 # fmt: off
 ALLOWED_TAGS = frozenset([
-    "html", "head", "meta", "title", "style", "body", "main", "header", "section", "h1", "h2", "h3",
-    "p", "strong", "span", "svg", "rect", "ul", "li", "div", "table", "thead", "tbody", "tr", "th",
-    "td", "pre", "dl", "dt", "dd", "a",
+    "html", "head", "meta", "title", "style", "body", "main", "header", "nav", "section", "h1", "h2", "h3",
+    "p", "strong", "span", "svg", "rect", "ul", "li", "div", "table", "caption", "thead", "tbody", "tr", "th",
+    "td", "pre", "dl", "dt", "dd", "a", "details", "summary", "figure", "figcaption",
+    # of matplotlib's drawings
+    "g", "defs", "path", "use", "text", "tspan", "clippath",
 ])
 # fmt: on
 # fmt: off
 ALLOWED_ATTRIBUTES = frozenset([
-    "lang", "charset", "http-equiv", "content", "name", "class", "viewbox", "preserveaspectratio",
-    "role", "aria-label", "x", "y", "width", "height", "scope", "data-head", "href",
+    "lang", "charset", "http-equiv", "content", "name", "class", "viewbox", "preserveaspectratio", "id",
+    "role", "aria-label", "aria-labelledby", "aria-hidden", "x", "y", "width", "height", "scope", "data-head",
+    "href", "fill-opacity", "text-anchor",
+    # of matplotlib's drawings
+    "style", "d", "transform", "clip-path", "xlink:href", "xmlns", "xmlns:xlink", "version",
 ])
 # fmt: on
+STYLE = re.compile(r"[a-z-]+: [-a-z0-9#., ()]*(; [a-z-]+: [-a-z0-9#., ()]*)*;?")
 VOID_TAGS = {"meta"}
 
 
@@ -60,19 +68,58 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize(
     "report",
-    [sample_report(), sample_report(passed=False), sample_report(quality=False), hostile_report()],
-    ids=["sample", "failed", "unmeasured", "hostile"],
+    [
+        sample_report(),
+        sample_report(passed=False),
+        sample_report(quality=False),
+        hostile_report(),
+        full_report(),
+        hostile_full_report(),
+    ],
+    ids=["sample", "failed", "unmeasured", "hostile", "full", "hostile full"],
 )
 def test_page_holds_only_harmless_markup(report: Report) -> None:
-    """No script, image, style attribute, event handler or foreign address, whatever the names are."""
-    page = Page(render_html(report))
+    """No script, image, event handler, foreign address or odd style, whatever the names are."""
+    text = render_html(report)
+    page = Page(text)
     assert page.tags <= ALLOWED_TAGS
     assert {name for name, _ in page.attributes} <= ALLOWED_ATTRIBUTES
-    assert {value for name, value in page.attributes if name == "href"} == {
+    links = {value for name, value in page.attributes if name == "href"}
+    assert {link for link in links if not link.startswith("#")} == {
         LINKS["vLLM"],
         LINKS["compressed-tensors"],
     }
+    assert {link[1:] for link in links if link.startswith("#")} <= set(TITLES)
+    assert all(value.startswith("#") for name, value in page.attributes if name == "xlink:href")
     assert all(link.startswith("https://") for link in LINKS.values())
+    for name, value in page.attributes:
+        assert name != "style" or STYLE.fullmatch(value), value
+        assert name != "clip-path" or re.fullmatch(r"url\(#p[0-9a-f]+\)", value)
+    # Comments and other declarations, which the parser passes over.
+    assert text.count("<!") == 1
+    assert "]]>" not in text
+    assert len(text) < 3_000_000
+
+
+def test_sections_appear_where_there_is_data() -> None:
+    """And the list of contents names just those."""
+    few, all_of_them = (
+        re.findall(r'<section id="(\w+)"', render_html(report)) for report in (sample_report(), full_report())
+    )
+    assert all_of_them == list(TITLES)
+    assert few == [
+        *("size", "quality", "layers", "calibration", "cost", "serve", "verified", "made"),
+    ]
+    bare = sample_report().model_copy(update={"calibration": None, "weights": WeightFacts(relative_error={})})
+    text = render_html(bare)
+    for absent in ("layers", "calibration"):
+        assert f'id="{absent}"' not in text
+        assert f'href="#{absent}"' not in text
+
+
+def test_the_same_report_gives_the_same_page() -> None:
+    """Byte for byte, drawings included."""
+    assert render_html(full_report()) == render_html(full_report())
 
 
 def test_page_links_the_dialect() -> None:
@@ -96,7 +143,7 @@ def test_page_forbids_itself_everything_but_its_style() -> None:
     page = render_html(sample_report())
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in page
-    assert "url(" not in page
+    assert not re.search(r"url\((?!#)", page)
     assert "@import" not in page
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.report import rows
+from compressor.report import calibration_rows
 from compressor.report.calibration import LearnedBlock
 from compressor.report.card import render_card
 from compressor.report.learned import learned_note
@@ -31,4 +31,4 @@ def test_in_the_views() -> None:
     facts = sample_calibration().model_copy(update={"blocks": BLOCKS})
     report = sample_report().model_copy(update={"calibration": facts})
     assert "Block reconstruction error" in render_card(report, RECIPE)
-    assert all("Learned" not in note for note in rows.calibration_notes(sample_calibration()))
+    assert all("Learned" not in note for note in calibration_rows.calibration_notes(sample_calibration()))

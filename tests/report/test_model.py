@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.errors import CheckpointError
-from compressor.report.model import Gate, Kept, Report, TaskMetric, load_report, utc_now
+from compressor.report.measured import Gate, TaskMetric
+from compressor.report.model import Kept, Report, load_report, utc_now
 from tests.report.sample import hostile_report, sample_report
 
 TEXT = st.text(max_size=12)
@@ -84,8 +85,10 @@ def test_round_trip_of_odd_values(name: str, keys: list[str], reals: list[float]
     assert again.quality is not None
     figures = again.quality.tasks[keys[0]][keys[0]]
     assert figures.n == count
+    limit = again.gates[0].max_increase
+    assert limit is not None
     found = (figures.source, figures.result, figures.difference, figures.stderr)
-    for before, after in zip(reals, (*found, again.gates[0].max_increase, again.gates[0].value), strict=True):
+    for before, after in zip(reals, (*found, limit, again.gates[0].value), strict=True):
         assert (math.isnan(before) and math.isnan(after)) or before.hex() == after.hex()
     json.loads(text, parse_constant=_no_constant)
 

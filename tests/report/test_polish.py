@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.report import rows
+from compressor.report import calibration_rows
 from compressor.report.calibration import CalibrationFacts, PolishFacts
 from compressor.report.card import render_card
 from compressor.report.html import render_html
@@ -25,7 +25,7 @@ def _facts(*, kept: bool) -> CalibrationFacts:
 
 def test_note() -> None:
     """Steps, seconds, both divergences and what they were measured on; that other errors are of before."""
-    note = rows.calibration_notes(_facts(kept=True))[0]
+    note = calibration_rows.calibration_notes(_facts(kept=True))[0]
     assert note.startswith("Polish: 300 steps in 91 s over 6,670,656 scales, norms and biases; ")
     assert "on 16,384 calibration tokens that it was not trained on: 0.20000 before, 0.15000 (-25.0%)" in note
     assert "before the polish" in note
@@ -33,7 +33,7 @@ def test_note() -> None:
 
 def test_note_where_it_did_not_help() -> None:
     """That nothing of it is stored."""
-    note = rows.calibration_notes(_facts(kept=False))[0]
+    note = calibration_rows.calibration_notes(_facts(kept=False))[0]
     assert "no nearer" in note
     assert note.endswith("not kept.")
 
@@ -43,6 +43,6 @@ def test_in_every_view() -> None:
     report = sample_report().model_copy(update={"calibration": _facts(kept=True)})
     for text in (render_card(report, RECIPE), render_html(report)):
         assert "Polish: 300 steps" in text
-    assert all("Polish" not in note for note in rows.calibration_notes(sample_calibration()))
+    assert all("Polish" not in note for note in calibration_rows.calibration_notes(sample_calibration()))
     dumped = sample_calibration().model_dump(exclude={"polish"})
     assert CalibrationFacts.model_validate_json(CalibrationFacts(**dumped).model_dump_json()).polish is None
