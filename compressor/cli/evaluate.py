@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from math import isfinite, isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from compressor.budget.gates import check_gate_metric, check_gates, gate_samples
 from compressor.cli.draft_options import draft_options
 from compressor.cli.long_options import long_options
+from compressor.cli.measure_options import Measures, measure_options
 from compressor.cli.options import DEFAULT_WORKSPACE, from_option, log_json_option, quiet_option
-from compressor.errors import UserError
+from compressor.errors import GateError, UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from compressor.budget.gates import GateVerdict
     from compressor.evals.base import EvalResult, TextResult
     from compressor.evals.decode_record import DecodingResult
     from compressor.evals.decode_spec import DecodeSpec
@@ -34,7 +39,7 @@ _TEXT, _TOKENS = "calibration/heldout.jsonl", 16384
 )
 @click.option("--revision", help="Commit, tag or branch of a Hub source.")
 @from_option
-@click.option("--text", help=f"A UTF-8 text, or .jsonl with a text field.  [with --long: {_TEXT}]")
+@click.option("--text", help=f"A UTF-8 text, or .jsonl with a text field.  [with --long or --task: {_TEXT}]")
 @click.option("--tokens", type=click.IntRange(min=2), help="Tokens of the text to read.  [default: all]")
 @click.option("--context", type=click.IntRange(min=2), default=1024, show_default=True, help="Window tokens.")
 @click.option(
@@ -53,6 +58,7 @@ _TEXT, _TOKENS = "calibration/heldout.jsonl", 16384
 )
 @long_options
 @draft_options
+@measure_options
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
 @quiet_option
 @log_json_option
@@ -73,6 +79,7 @@ def command(
     draft: str | None,
     draft_dtype: str | None,
     decoding: DecodeSpec | None,
+    measures: Measures,
     as_json: bool,
     quiet: bool,
     log_json: bool,
@@ -82,24 +89,20 @@ def command(
     Perplexity of both, KL divergence and top-1 agreement, on the same tokens. With --kv also CHECKPOINT with
     its KV cache in each format against itself with a 16-bit cache. With --long also both on long documents,
     by position, and the source through a window of the length that it was trained at. With --draft also
-    CHECKPOINT decoding with proposed tokens against itself without; alone where no text is named.
+    CHECKPOINT decoding with proposed tokens against itself without; alone where no text is named. With
+    --task, --continuations and --speed also both on lm-eval's tasks, continuing the text, and against the
+    clock; with --gate the exit code is 1 where a bound does not hold.
     """
     from compressor.cli.progress import reporter
-    from compressor.compare import compare, compare_drafts
+    from compressor.compare import More, compare, compare_drafts
+    from compressor.workspace import Workspace
 
-    if not kv_formats and (kv_mode or kv_needle):
-        raise UserError(
-            "--kv-mode and --kv-needle say how --kv measures", fix="name formats: --kv FORMAT,FORMAT"
-        )
-    if text is None and long is not None:
+    if text is None and (long is not None or measures):
         text, tokens = _TEXT, tokens or _TOKENS
-    if text is None and draft is None:
-        raise UserError("nothing to measure on", fix="name a text: --text FILE")
-    if text is None and tokens is not None:
-        raise UserError("--tokens has no text to read", fix="name one: --text FILE")
-    if text is None and kv_formats:
-        raise UserError("--kv has no text to measure on", fix="name one: --text FILE")
-    cache = DEFAULT_WORKSPACE.absolute() / "hub"
+    _check(text, tokens, draft, kv_formats, kv_mode or kv_needle)
+    space = Workspace(DEFAULT_WORKSPACE.absolute())
+    for gate in measures.gates:
+        check_gate_metric(gate.metric, measures.tasks, ["needle"] if long and long.needles else [])
     result = decoded = None
     with reporter(quiet=quiet, log_json=log_json) as progress:
         if text is not None:
@@ -111,7 +114,7 @@ def command(
                 from_=from_,
                 tokens=tokens,
                 context=context,
-                cache=cache,
+                space=space,
                 progress=progress,
                 kv=_names(kv_formats),
                 kv_mode=kv_mode or "strict",
@@ -119,6 +122,7 @@ def command(
                 long=long,
                 long_window=long_window,
                 long_seed=long_seed,
+                more=More(**measures.more),
             )
         if draft is not None and decoding is not None:
             decoded = compare_drafts(
@@ -129,27 +133,69 @@ def command(
                 revision=revision,
                 from_=from_,
                 dtype=draft_dtype,
-                cache=cache,
+                cache=space.hub,
                 progress=progress,
             )
-    _show(result, decoded, as_json=as_json)
+    gates = check_gates(measures.gates, gate_samples(result)) if result else []
+    _show(result, decoded, gates, as_json=as_json)
 
 
-def _show(result: EvalResult | None, decoded: DecodingResult | None, *, as_json: bool) -> None:
-    """What was measured, on stdout; then an error where decoding loses something."""
+def _check(
+    text: str | None, tokens: int | None, draft: str | None, kv_formats: str | None, kv_more: str | None
+) -> None:
+    """Refuses options that measure nothing, or say how something is measured that is not.
+
+    Raises:
+        UserError: naming them.
+    """
+    if kv_more and not kv_formats:
+        raise UserError(
+            "--kv-mode and --kv-needle say how --kv measures", fix="name formats: --kv FORMAT,FORMAT"
+        )
+    if text is None and draft is None:
+        raise UserError("nothing to measure on", fix="name a text: --text FILE")
+    if text is None and tokens is not None:
+        raise UserError("--tokens has no text to read", fix="name one: --text FILE")
+    if text is None and kv_formats:
+        raise UserError("--kv has no text to measure on", fix="name one: --text FILE")
+
+
+def _show(
+    result: EvalResult | None,
+    decoded: DecodingResult | None,
+    gates: Sequence[GateVerdict],
+    *,
+    as_json: bool,
+) -> None:
+    """What was measured, on stdout; then an error where decoding loses something, or a gate fails."""
     if as_json:
         measured = result.to_json() if result else {}
         more = {"decoding": decoded.to_json()} if decoded else {}
-        click.echo(json.dumps(measured | more, indent=2))
+        judged = {"gates": [vars(gate) for gate in gates]} if gates else {}
+        click.echo(json.dumps(_worded(measured | more | judged), indent=2))
     else:
         if result is not None:
-            _print(result)
+            _print(result, gates)
         if decoded is not None:
             _print_decoding(decoded)
     if decoded is not None:
         from compressor.evals.decode_compare import check_lossless
 
         check_lossless(decoded)
+    failed = [gate.sentence() for gate in gates if not gate.passed]
+    if failed:
+        raise GateError("; ".join(failed))
+
+
+def _worded(value: Any) -> Any:
+    """JSON has neither infinities nor NaN: they are the words that ``report.json`` has for them."""
+    if isinstance(value, dict):
+        return {key: _worded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_worded(inner) for inner in value]
+    if isinstance(value, float) and not isfinite(value):
+        return "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def _print_decoding(decoded: DecodingResult) -> None:
@@ -160,12 +206,13 @@ def _print_decoding(decoded: DecodingResult) -> None:
     print_decoding(decoded.to_json(), Console(file=sys.stdout, highlight=False, markup=False))
 
 
-def _print(result: EvalResult) -> None:
+def _print(result: EvalResult, gates: Sequence[GateVerdict]) -> None:
     """Tables on stdout."""
     from rich.console import Console
 
     from compressor.cli.kv_results import kv_tables
-    from compressor.report.terminal import print_long
+    from compressor.report.measured import Gate
+    from compressor.report.terminal import print_evaluated, print_long
 
     console = Console(file=sys.stdout, highlight=False, markup=False)
     console.print(_text_table(result.text))
@@ -174,6 +221,7 @@ def _print(result: EvalResult) -> None:
         f"{found.tokens:,} tokens of {result.text_label}, windows of {found.context}, {result.text_dtype}",
         soft_wrap=True,
     )
+    print_evaluated(result.to_json(), [Gate(**vars(gate)) for gate in gates], console)
     if result.long is not None:
         print_long(result.long.to_json(), console)
     if result.kv:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from compressor.planner.kv_choice import BF16, KvOption, KvSize
+from compressor.planner.kv_choice import KvOption, KvSize, no_smaller
 from compressor.planner.kv_planned import KvPlanned
 
 # Below this many columns the bytes of a token are left out.
@@ -89,21 +89,9 @@ def _notes(options: Sequence[KvOption]) -> list[str]:
         f"{_names(formats)}"
         for layers, formats in kept.items()
     ]
-    if useless := _useless(options):
+    if useless := no_smaller(options):
         lines.append(f"no smaller in vLLM, which pads the pages of all layers to one size: {_names(useless)}")
     return lines + [f"not for this model: {_names(formats)}: {why}" for why, formats in problems.items()]
-
-
-def _useless(options: Sequence[KvOption]) -> list[str]:
-    """Formats whose bytes in vLLM are no fewer than those of 16 bit, though a token's are."""
-    plain = next((option for option in options if option.format == BF16 and not option.problem), None)
-    if plain is None:
-        return []
-    return [
-        option.format
-        for option in options
-        if option.sizes and option.layers and option.sizes[-1].bytes >= plain.sizes[-1].bytes
-    ]
 
 
 def _names(formats: Sequence[str]) -> str:

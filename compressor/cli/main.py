@@ -12,23 +12,28 @@ import traceback
 from importlib import import_module
 from importlib.metadata import version
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem, add_completion_class
 
+from compressor.cli.complete import VARIABLE, Bash
 from compressor.cli.options import DEFAULT_WORKSPACE
 from compressor.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USER, GateError, UserError
 
 # name -> (module, help line); modules are imported only when their command runs, so that help is instant.
 COMMANDS = {
+    "init": ("compressor.cli.init", "Write a commented starter recipe for a model."),
     "run": ("compressor.cli.run", "Run a recipe: plan, compress, evaluate, export."),
     "plan": ("compressor.cli.plan", "Show what a recipe will do and cost, from headers alone."),
     "eval": ("compressor.cli.evaluate", "Measure a checkpoint against its source on any text."),
     "verify": ("compressor.cli.verify", "Prove that a checkpoint is whole and that vLLM serves it rightly."),
     "inspect": ("compressor.cli.inspect", "Show what a checkpoint holds."),
-    "report": ("compressor.cli.report", "Show the report of a finished run again."),
+    "report": ("compressor.cli.report", "Show the report of a finished run again, or compare several runs."),
     "recipes": ("compressor.cli.recipes", "List the shipped recipes."),
     "schema": ("compressor.cli.schema", "Print the JSON Schema of recipes."),
+    "doctor": ("compressor.cli.doctor", "Look at this machine: packages, devices, disks, Hub, engine."),
+    "completion": ("compressor.cli.completion", "Print the completion of bash, zsh or fish."),
     "clean": ("compressor.cli.clean", "Show or free workspace space."),
 }
 
@@ -49,6 +54,13 @@ class _Commands(click.Group):
             return None
         command: click.Command = import_module(COMMANDS[cmd_name][0]).command
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[Any]]:
+        """The commands, without importing any of them."""
+        named = {name: text for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)}
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [CompletionItem(name, help=text) for name, text in named.items()]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -84,6 +96,8 @@ def main() -> None:
     # Tensors in pages of 2 MB where the system has them: a third less of its time in a walk.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGTERM, _terminate)
+    if VARIABLE in os.environ:
+        add_completion_class(Bash)
     code = _run(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import click
 
+from compressor.cli import complete
+
 DEFAULT_WORKSPACE = Path("out") / ".compress-workspace"
 
-recipe_argument = click.argument("recipe", metavar="RECIPE")
+recipe_argument = click.argument("recipe", metavar="RECIPE", shell_complete=complete.recipes)
 
 set_option = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
+    shell_complete=complete.settings,
     help="Override one key of the recipe, e.g. --set weights.scheme=fp8_dynamic; may be repeated.",
 )
 

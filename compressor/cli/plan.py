@@ -25,6 +25,7 @@ def command(
     Every fault that can be found before reading weights is found here, all of them at once.
     """
     from compressor.cli.plan_view import print_plan
+    from compressor.planner.compounding import compounding_facts
     from compressor.planner.plan import make_plan
     from compressor.recipe.load import load_recipe
 
@@ -32,6 +33,7 @@ def command(
     if not as_json:
         print_plan(plan)
         return
+    compounding, _ = compounding_facts(plan)
     shown = {
         "name": plan.loaded.recipe.name,
         "source": {
@@ -43,6 +45,7 @@ def command(
         "context_scaling": plan.context and plan.context.to_json(),
         "adapters": plan.adapters and plan.adapters.to_json(),
         "drafts": plan.drafts and plan.drafts.to_json(),
+        "budget": plan.budget and plan.budget.to_json(),
         "family": plan.family,
         "inferred": plan.inferred,
         "rules": [dataclasses.asdict(row) for row in plan.rows],
@@ -68,6 +71,7 @@ def command(
             "formats": [dataclasses.asdict(option) for option in plan.kv_options],
         },
         "long_evaluation": plan.long and plan.long.to_json(),
+        "compounding": compounding and compounding.model_dump(mode="json"),
         "reload_rss_bytes": plan.reload_rss_bytes,
         "warnings": list(plan.warnings),
     }

@@ -9,8 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from compressor.calibration.spec import CalibrationSpec
+from compressor.cli.compounding_view import print_compounding
 from compressor.cli.kv_view import kv_lines, print_kv
 from compressor.planner.calibrated import WalkPlan
+from compressor.planner.compounding import compounding_facts
 from compressor.planner.plan import Plan
 from compressor.planner.polished import PolishPlan
 from compressor.planner.predict import Prediction
@@ -39,6 +41,8 @@ def print_plan(plan: Plan) -> None:
     if plan.kv is not None:
         console.print()
         console.print(_titled("kv", *kv_lines(plan.kv, plan.kv_stage.notes if plan.kv_stage else ())))
+    if plan.budget is not None:
+        console.print(_titled("budget", *plan.budget.described()))
     if plan.walk is not None:
         console.print(_titled("data", _shown(plan.walk.calibration), *_walked(plan.walk, plan.polish)))
     if plan.oneshot is not None:
@@ -48,6 +52,7 @@ def print_plan(plan: Plan) -> None:
         console.print(_titled("drafts", *plan.drafts.described()))
     if plan.long is not None:
         console.print(_titled("long", *plan.long.described()))
+    print_compounding(console, *compounding_facts(plan))
     # A path must survive copying.
     shards = f"{len(plan.shards)} shard{'s' if len(plan.shards) > 1 else ''}"
     console.print(f"\noutput  {plan.output} ({shards})", soft_wrap=True)

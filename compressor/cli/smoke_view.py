@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from compressor.planner.plan import Plan
+from compressor.report.rows import gate_row
 from compressor.smoke.run import Smoke
 
 _NOT_PROVEN = (
@@ -44,7 +45,8 @@ def print_smoke(plan: Plan, found: Smoke) -> None:
         )
     for gate in report.gates:
         state = "pass" if gate.passed else "fail"
-        _row("gate", f"{gate.metric} would {state}: {gate.value:.4g}, at most {gate.max_increase:.4g}")
+        _, value, allowed, _ = gate_row(gate)
+        _row("gate", f"{gate.metric} would {state}: {value}, allowed {allowed}")
     _row("not shown", _NOT_PROVEN, _undrafted(plan, found))
 
 
