@@ -17,6 +17,10 @@
                                         KV-cache formats: quality against bits, table and plot
     python scripts/bench.py context --factors 4
                                         reading further: scalings, searched factors, adapters; a GPU's work
+    python scripts/bench.py budget --recipe recipes/smollm2-auto.yaml
+                                        what predicts the loss of a mix of schemes, and random mixes
+    python scripts/bench.py roofline    decoding of random 8B and 1B models in 16 and 4 bit against what the
+                                        plan's roofline predicts; without a GPU of a small one
     python scripts/bench.py kv-kernels  attention over packed KV caches against PyTorch's in bf16, on a GPU
 
 Each measurement runs in a process of its own, ours and theirs alternating; medians and spread go to
@@ -26,7 +30,6 @@ Each measurement runs in a process of its own, ours and theirs alternating; medi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +44,7 @@ from scripts.benchmarks.kv import MODES, kv  # noqa: E402
 from scripts.benchmarks.layers import layers  # noqa: E402
 from scripts.benchmarks.off_grid import off_grid  # noqa: E402
 from scripts.benchmarks.plan import plan  # noqa: E402
-from scripts.benchmarks.process import RESULTS, Failed, machine  # noqa: E402
+from scripts.benchmarks.process import Failed, machine, store  # noqa: E402
 from scripts.benchmarks.quality import quality  # noqa: E402
 from scripts.benchmarks.settings import PEERS, SCHEMES  # noqa: E402
 from scripts.benchmarks.shapes import SHAPES  # noqa: E402
@@ -62,6 +65,20 @@ def context(options: argparse.Namespace) -> dict[str, Any]:
     return context(options)
 
 
+def budget(options: argparse.Namespace) -> dict[str, Any]:
+    """Measured in this process too."""
+    from scripts.benchmarks.budget import budget
+
+    return budget(options)
+
+
+def roofline(options: argparse.Namespace) -> dict[str, Any]:
+    """And this."""
+    from scripts.benchmarks.roofline import roofline
+
+    return roofline(options)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "quality": quality,
     "stream": stream,
@@ -73,7 +90,11 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "kv": kv,
     "kv-kernels": kv_kernels,
     "context": context,
+    "budget": budget,
+    "roofline": roofline,
 }
+# As ``benchmarks.roofline`` has them, which imports torch.
+ROOFLINE_SHAPES = ["llama-8b", "llama-3b", "llama-1b", "small", "tiny"]
 # Tokens of text: the calibrated table has many rows.
 TOKENS = {"calibrated": 16384, "layers": 16384, "off-grid": 16384}
 # Benchmarks that run peers too, and the solvers of ours that they run unless others are named.
@@ -132,7 +153,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     group.add_argument(
         "--needle", nargs="+", type=_count, metavar="TOKENS", help="hide needles in such texts"
     )
+    group = parser.add_argument_group("budget, --rounds random mixes")
+    group.add_argument(
+        "--recipe", default="recipes/smollm2-auto.yaml", help="with scheme auto, a bits budget"
+    )
+    group.add_argument("--divergence-rows", type=_count, default=4, help="that groups alone are tried on")
     _context_options(parser.add_argument_group("context"))
+    _roofline_options(parser.add_argument_group("roofline"))
     options = parser.parse_args(words)
     if options.benchmark is None:
         if options.peers is None:
@@ -182,6 +209,15 @@ def _context_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--retrieval", type=float, default=0.6, help="share of sequences with hidden facts")
 
 
+def _roofline_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--shapes", nargs="+", choices=ROOFLINE_SHAPES, help="by default 8B and 1B on a GPU")
+    group.add_argument("--bits", nargs="+", type=int, choices=[16, 4], default=[16, 4], help="16 before 4")
+    group.add_argument("--batches", nargs="+", type=_count, default=[1, 8], help="sequences at once")
+    group.add_argument("--decode-context", type=_count, default=1024, help="tokens of each")
+    group.add_argument("--eager", action="store_true", help="compile nothing between products")
+    group.add_argument("--minutes", type=float, default=2.5, help="nothing new is begun after these")
+
+
 def result_name(options: argparse.Namespace) -> str:
     """The result file's name without its ending."""
     if options.benchmark == "calibrated":
@@ -191,6 +227,8 @@ def result_name(options: argparse.Namespace) -> str:
     if options.benchmark in ("stream", "walk"):
         shape = "" if options.source == "llama" else f"{options.source}-"
         return f"{options.benchmark}-{shape}{options.gigabytes:g}gb"
+    if options.benchmark == "roofline":
+        return str(options.name or f"roofline-{'gpu' if 'accelerator' in machine() else 'cpu'}")
     if options.benchmark == "context":
         return f"context-{'-'.join(f'x{factor}' for factor in options.factors)}"
     return str(options.benchmark)
@@ -201,13 +239,12 @@ def main() -> None:
     options = parse(sys.argv[1:])
     options.work = options.work.absolute()
     options.work.mkdir(parents=True, exist_ok=True)
+    options.result_name = result_name(options)
     try:
         result = BENCHMARKS[options.benchmark](options)
     except Failed as error:
         raise SystemExit(f"error: {error}") from error
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    stored = RESULTS / f"{result_name(options)}.json"
-    stored.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    stored = store(options.result_name, result)
     print(f"\nwritten to {stored.relative_to(ROOT)}")
 
 

@@ -34,6 +34,7 @@ from scripts.published_configs import (
     LLAMA_4_MAVERICK,
     LLAMA_4_SCOUT,
     QWEN3_30B_A3B,
+    QWEN3_32B,
     QWEN3_NEXT_80B_A3B,
 )
 
@@ -106,6 +107,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, Callable[[list[Row]], list[Row
     "llama-3-70b": ("meta-llama/Meta-Llama-3-70B-Instruct", LLAMA_3_70B, 70_553_706_496, _as_saved),
     "llama-3.3-70b": ("meta-llama/Llama-3.3-70B-Instruct", LLAMA_3_3_70B, 70_553_706_496, _as_saved),
     "qwen3-30b-a3b": ("Qwen/Qwen3-30B-A3B", QWEN3_30B_A3B, 30_532_122_624, _as_saved),
+    "qwen3-32b": ("Qwen/Qwen3-32B", QWEN3_32B, 32_762_123_264, _as_saved),
     "qwen3-next-80b-a3b": (
         "Qwen/Qwen3-Next-80B-A3B-Instruct", QWEN3_NEXT_80B_A3B, 81_324_862_720, qwen3_next_checkpoint,
     ),

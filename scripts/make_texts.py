@@ -3,8 +3,8 @@
     python scripts/make_texts.py CORPORA_FOLDER [OUTPUT_FOLDER]
 
 CORPORA_FOLDER holds ``sotu``, ``moby_dick``, ``austen``, ``python_doc`` and ``code_stdlib`` as
-``NAME.jsonl.xz`` (one ``{"id", "text"}`` a line) and ``piqa.jsonl``. What is taken and why is told in
-``calibration/README.md``.
+``NAME.jsonl.xz`` (one ``{"id", "text"}`` a line), and ``piqa.jsonl`` and ``openbookqa.jsonl``. What is taken
+and why is told in ``calibration/README.md``.
 """
 
 from __future__ import annotations
@@ -172,14 +172,16 @@ def main() -> None:
     default = Path(__file__).resolve().parent.parent / "calibration"
     parser.add_argument("output", type=Path, nargs="?", default=default)
     given = parser.parse_args()
-    (given.output / "piqa").mkdir(parents=True, exist_ok=True)
+    given.output.mkdir(parents=True, exist_ok=True)
     write(given.output / "heldout.jsonl", heldout(given.corpora))
     for made in (prose, code, chat):
         write(given.output / f"{made.__name__}.jsonl", made(given.corpora))
     (given.output / "long").mkdir(exist_ok=True)
     write(given.output / "long" / "heldout.jsonl.xz", long_heldout(given.corpora))
     write(given.output / "long" / "train.jsonl.xz", long_train(given.corpora))
-    shutil.copyfile(given.corpora / "piqa.jsonl", given.output / "piqa" / "piqa.jsonl")
+    for task in ("piqa", "openbookqa"):
+        (given.output / task).mkdir(exist_ok=True)
+        shutil.copyfile(given.corpora / f"{task}.jsonl", given.output / task / f"{task}.jsonl")
 
 
 if __name__ == "__main__":

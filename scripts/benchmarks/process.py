@@ -101,6 +101,14 @@ def shown(text: str) -> str:
     return _FOLDERS.sub("", text)
 
 
+def store(name: str, result: dict[str, Any]) -> Path:
+    """Writes a result beside the machine that it is of; ``name`` without its ending."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    stored = RESULTS / f"{name}.json"
+    stored.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    return stored
+
+
 def own_command() -> list[str]:
     """The command line of this process, for a result file."""
     return ["python", "scripts/bench.py", *map(shown, sys.argv[1:])]
