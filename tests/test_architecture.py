@@ -35,7 +35,7 @@ LEVELS: list[set[str]] = [
 PLUGIN_ROOMS = {"schemes", "solvers", "dialects", "kv", "rope", "drafts", "evals", "budget"}
 # Each of these is named in one file only: everything else asks that file.
 SINGLE_HOMES = {
-    "lm_eval": "evals/tasks.py",
+    "lm_eval": "evals/harness.py",
     "llmcompressor": "stages/oneshot.py",
     "torch.cuda": "device.py",
 }

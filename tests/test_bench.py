@@ -12,6 +12,7 @@ import yaml
 
 from compressor.checkpoint.folder import FolderSource
 from scripts.bench import parse, result_name
+from scripts.benchmarks.budget import render_budget
 from scripts.benchmarks.calibrated import Bench, _row
 from scripts.benchmarks.kv import render_kv
 from scripts.benchmarks.layers import layer_timing, render_layers
@@ -41,6 +42,17 @@ def test_peers_alone_name_the_calibrated_benchmark(words: list[str]) -> None:
     assert (options.scheme, options.samples, options.length, options.rounds) == ("nvfp4a16", 128, 1024, 3)
     assert options.tokens == 16384
     assert result_name(options) == "calibrated-nvfp4a16"
+
+
+def test_budget_table() -> None:
+    """Correlations only where a predictor has one; signs before losses."""
+    row = {"bits_per_target_weight": 4.7461, "kl": 0.1307, "increase": 0.1}
+    rows = [{"mix": "gradient x change", "rank_correlation": 0.9804, **row}, {"mix": "random 0", **row}]
+    assert render_budget(rows).splitlines()[2:] == [
+        "| gradient x change | 0.980 | 4.746 | 0.1307 | +10.00% |",
+        "| random 0 | - | 4.746 | 0.1307 | +10.00% |",
+    ]
+    assert parse(["budget"]).recipe == "recipes/smollm2-auto.yaml"
 
 
 @pytest.mark.parametrize(

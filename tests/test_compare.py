@@ -10,6 +10,7 @@ import compressor
 from compressor.compare import compare
 from compressor.errors import CheckpointError
 from compressor.progress import Silent
+from compressor.workspace import Workspace
 from tests.e2e.cases import write_recipe
 from tests.tiny import tiny_llama, tiny_llama4
 
@@ -30,7 +31,7 @@ def test_a_source_of_another_family_is_named(tmp_path: Path) -> None:
             revision=None,
             tokens=64,
             context=32,
-            cache=tmp_path / "cache",
+            space=Workspace(tmp_path / "space"),
             progress=Silent(),
         )
         return found.text.kl_mean

@@ -13,15 +13,21 @@ from compressor.drafts.spec import Kind
 from compressor.kv.formats import FORMATS
 from compressor.model.families import BUILTINS
 from compressor.recipe.adapters import AdaptersSection
+from compressor.recipe.budget import DEFAULT_CANDIDATES, WeightBudgetSection
 from compressor.recipe.calibration import CalibrationSection, DatasetSection
 from compressor.recipe.context_search import SearchSection
 from compressor.recipe.drafts import DraftMeasureSection, DraftsSection, DraftTrainSection
+from compressor.recipe.evaluate import EvaluateSection, Gate, GenerationSection, SpeedSection
 from compressor.recipe.kv_cache import KvBudgetSection, KvCacheSection
+from compressor.recipe.load import load_recipe
 from compressor.recipe.model import ModelSection, WorkspaceSection
 from compressor.recipe.polish import PolishSection
+from compressor.recipe.serve import ServeSection
+from compressor.report.measured import Verdict
 from compressor.rope.spec import Method
 from compressor.schemes import known_schemes
 from compressor.solvers import known_solvers
+from scripts import compounding_page
 
 ROOT = Path(__file__).parents[1]
 # What verify compares has rows of its own.
@@ -29,6 +35,7 @@ CALIBRATION = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8").par
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTEXT = (ROOT / "docs" / "context.md").read_text(encoding="utf-8")
 DRAFTS = (ROOT / "docs" / "drafts.md").read_text(encoding="utf-8")
+EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 FAMILIES = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
 
 
@@ -60,6 +67,15 @@ def test_keys(section: type[BaseModel]) -> None:
         assert f"`{key}`" in CALIBRATION, key
 
 
+@pytest.mark.parametrize("section", [EvaluateSection, Gate, GenerationSection, SpeedSection])
+def test_evaluation_keys(section: type[BaseModel]) -> None:
+    """All of them, and every verdict."""
+    for key in section.model_fields.keys() - {"metric"}:
+        assert f"`{key}" in EVALUATION, key
+    for verdict in get_args(Verdict):
+        assert f"| {verdict} |" in EVALUATION
+
+
 def test_search_keys() -> None:
     """A row for each."""
     assert SearchSection.model_fields.keys() <= _rows(CONTEXT).keys()
@@ -71,6 +87,20 @@ def test_adapters() -> None:
         _rows(CONTEXT.partition("## Training on long documents")[2]).keys()
         == AdaptersSection.model_fields.keys()
     )
+
+
+def test_compounding() -> None:
+    """A row for each key, and the very tables that the script prints."""
+    text = (ROOT / "docs" / "compounding.md").read_text(encoding="utf-8")
+    assert ServeSection.model_fields.keys() <= _rows(text).keys()
+    tables = (
+        compounding_page.gpu_table(),
+        compounding_page.planned_table(),
+        compounding_page.ledger_table(),
+        compounding_page.claim_table(),
+    )
+    for table in tables:
+        assert "\n".join(table) in text
 
 
 def test_families() -> None:
@@ -117,9 +147,40 @@ def test_context() -> None:
         exec(compile(block, "docs/context.md", "exec"), {})
 
 
+def test_budgets() -> None:
+    """Every key of a budget is named, and what ``auto`` chooses among by default."""
+    text = (ROOT / "docs" / "mixed-precision.md").read_text(encoding="utf-8")
+    for key in [*WeightBudgetSection.model_fields, "candidates", *DEFAULT_CANDIDATES]:
+        assert f"`{key}`" in text, key
+
+
 @pytest.mark.parametrize("section", [DraftsSection, DraftTrainSection, DraftMeasureSection])
 def test_draft_keys(section: type[BaseModel]) -> None:
     """All of them have a row, and every kind is there."""
     rows = _rows(DRAFTS)
     assert section.model_fields.keys() <= rows.keys()
     assert set(get_args(Kind)) <= rows.keys()
+
+
+def _recipes() -> list[tuple[str, str]]:
+    """Every recipe, or part of one, that a page shows."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        (page.name, found[1])
+        for page in pages
+        for found in re.finditer(
+            r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        )
+    ]
+
+
+@pytest.mark.parametrize("page, text", _recipes())
+def test_recipes_that_are_shown_are_recipes(tmp_path: Path, page: str, text: str) -> None:
+    """As they stand, with the sections that every recipe needs beside them."""
+    needed = {"schema_version": "1", "model": "{source: org/model}", "weights": "{scheme: nvfp4a16}"}
+    heads = [
+        f"{key}: {value}" for key, value in needed.items() if not re.search(f"^{key}:", text, re.MULTILINE)
+    ]
+    recipe = tmp_path / f"{page}.yaml"
+    recipe.write_text("\n".join([*heads, text]), encoding="utf-8")
+    load_recipe(str(recipe))

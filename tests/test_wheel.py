@@ -55,7 +55,14 @@ def test_shipped_recipes_resolve_from_any_folder(installed: Path, tmp_path: Path
 def test_shipped_texts_and_licences_are_inside(installed: Path) -> None:
     """Texts, task items and the licences that they need travel with the wheel."""
     data = installed / "compressor" / "_data"
-    texts = ("heldout.jsonl", "default.yaml", "chat.jsonl", "piqa/piqa.yaml", "README.md")
+    texts = (
+        "heldout.jsonl",
+        "default.yaml",
+        "chat.jsonl",
+        "piqa/piqa.yaml",
+        "openbookqa/NOTICE",
+        "README.md",
+    )
     for name in (f"calibration/{text}" for text in texts):
         assert (data / name).is_file(), name
     assert list(installed.glob("compressor-*.dist-info/licenses/LICENSE"))

@@ -193,8 +193,18 @@ def test_decoding_is_measured(tmp_path: Path) -> None:
     # A random model with a tied head says the same token again and again.
     source = tiny_llama(tmp_path / "source", layers=3)
     asked = "measure: {prompts: 2, prompt_tokens: 16, new_tokens: 12, batches: [1, 2], runs: 1}"
-    output = run(tmp_path, source, EAGLE.replace("tokens: 2,", f"tokens: 2, {asked},") + TEXTS)
+    gate = "gates: [{metric: acceptance, min_recovery: 0, confidence: 95%}]"
+    gated = TEXTS.replace("null", f"{{tokens: 64, context: 32, {gate}}}")
+    output = run(tmp_path, source, EAGLE.replace("tokens: 2,", f"tokens: 2, {asked},") + gated)
     found = _report(output)["drafts"]["decoding"]
+    (gate,) = _report(output)["gates"]
+    # At the first batch size only; the interval of a share is within it, so that no share at all is enough.
+    drafts = [one["drafts"][0] for one in found["domains"] if one["batch"] == 1]
+    prompts = [prompt for draft in drafts for prompt in draft["prompts"]]
+    assert (gate["unit"], gate["units"]) == ("prompts", len(prompts))
+    assert gate["value"] == sum(kept for kept, _ in prompts) / sum(asked for _, asked in prompts)
+    assert gate["passed"]
+    assert sum(kept for kept, _ in prompts) == sum(sum(draft["accepted_at"]) for draft in drafts)
     assert [(one["domain"], one["batch"]) for one in found["domains"]] == [
         (domain, batch) for batch in (1, 2) for domain in ("prose", "chat", "code")
     ]

@@ -25,7 +25,8 @@ from .cases import content, write_recipe
 
 CONTEXT = "context: {method: yarn, target_length: 1024}\n"
 MEASURED = (
-    "evaluate:\n  tokens: 256\n  context: 128\n  long:\n    documents: long.jsonl\n    count: 2\n"
+    "evaluate:\n  tokens: 256\n  context: 128\n  gates: [{metric: needle, max_increase: 0}]\n"
+    "  long:\n    documents: long.jsonl\n    count: 2\n"
     "    tokens: 700\n    stride: 128\n    needles: {lengths: [300, 600], depths: [0, 1], trials: 1}\n"
     "    ruler: {tasks: [ruler_fwe], lengths: [900], limit: 1}\n"
 )
@@ -72,9 +73,14 @@ def test_a_recipe_measures_long_context(tmp_path: Path, source: Path) -> None:
     ]
     assert (text["window"], text["stride"], text["documents"]) == (512, 128, ["line 1", "line 2"])
     assert {cell["kind"] for cell in report["long"]["needles"]["result"]} == {"passkey", "needle"}
+    (gate,) = report["gates"]
+    # Two kinds, lengths and depths; of a random model nothing is found, so nothing is lost.
+    assert (gate["verdict"], gate["units"], gate["unit"], gate["value"]) == ("PASS", 8, "texts", 0.0)
     assert report["long"]["ruler"]["source"][0]["task"] == "ruler_fwe"
     assert "Long context" in (whole.output / "README.md").read_text()
-    assert (whole.output / "report.html").read_text().count("<svg") == 5
+    page = (whole.output / "report.html").read_text()
+    (section,) = re.findall(r'<section id="long".*?</section>', page, re.DOTALL)
+    assert section.count("<svg") == 3  # likelihood by position, and what each of the two kinds finds
     killed = tmp_path / "killed"
     path = recipe(killed, source)
 

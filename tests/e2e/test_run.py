@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 import compressor
 from compressor.checkpoint.inventory import take_inventory
 from compressor.errors import CheckpointError, GateError, PlanError, UserError
+from compressor.export import check_publishable
+from compressor.progress import Silent
 from compressor.report.manifest import check_manifest
+from compressor.runner import RunResult
 from tests.tiny import tiny_llama, tiny_llama4
 
 from .cases import content, write_recipe
@@ -46,6 +49,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     return path
+
+
+class _Warnings(Silent):
+    """Remembers warnings."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, text: str) -> None:
+        """Keeps it."""
+        self.said.append(text)
 
 
 def _run(
@@ -180,6 +194,49 @@ def test_failed_gate_keeps_the_result_aside(tmp_path: Path, source: Path, text: 
         assert result.output == tmp_path / "out" / "result.gate-failed"
         assert not (tmp_path / "out" / "result").exists()
         assert check_manifest(result.output) == []
+    # The mark is in the manifest, whatever the folder is called.
+    renamed = result.output.rename(tmp_path / "fine")
+    with pytest.raises(GateError, match=r"kl: FAIL: .*at most 1e-07"):
+        check_publishable(renamed)
+    with pytest.raises(UserError, match="no finished result"):
+        check_publishable(tmp_path)
+
+
+def test_uncertain_gates_warn_or_fail_as_asked(tmp_path: Path, source: Path, text: Path) -> None:
+    """The bound is in the interval: by default the result is exported, with a warning."""
+
+    def run(gate: str) -> tuple[RunResult, list[str]]:
+        rest = (
+            f"evaluate: {{text: {json.dumps(str(text))}, tokens: 512, context: 64, "
+            f"gates: [{{metric: kl, {gate}}}], generation: {{prompts: 4, prompt_tokens: 8, new_tokens: 4}}, "
+            "speed: {prompt_tokens: 8, new_tokens: 4, runs: 2}}"
+        )
+        recipe = write_recipe(tmp_path / "recipe.yaml", source, "{scheme: nvfp4a16}", rest)
+        told = _Warnings()
+        return compressor.run(recipe, output=tmp_path / "out" / "result", progress=told), told.said
+
+    first, said = run("max_increase: 1000, confidence: 95%")
+    assert [gate.verdict for gate in first.report.gates] == ["PASS"]
+    assert not any("gate" in words for words in said)
+    check_publishable(first.output)
+    quality = first.report.quality
+    assert quality is not None
+    assert quality.generation is not None
+    assert quality.speed is not None
+    assert (quality.interval_unit, quality.generation.prompts, quality.speed.runs) == ("windows", 4, 2)
+    assert [document.name for document in quality.documents] == [text.name]
+    assert "--continuations 4" in quality.command
+    shutil.rmtree(first.output)
+    bound = f"max_increase: {first.report.gates[0].value}, confidence: 95%"
+    found, said = run(bound)
+    (gate,) = found.report.gates
+    assert (found.passed, gate.verdict, gate.units, gate.unit) == (True, "UNCERTAIN", 8, "windows")
+    assert any("gate kl: UNCERTAIN" in words for words in said)
+    shutil.rmtree(found.output)
+    found, _ = run(f"{bound}, uncertain: fail")
+    assert (found.passed, found.report.gates[0].verdict) == (False, "UNCERTAIN")
+    with pytest.raises(GateError, match="UNCERTAIN"):
+        check_publishable(found.output)
 
 
 def test_non_finite_weight_is_named(tmp_path: Path, source: Path) -> None:
